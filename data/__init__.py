@@ -1,0 +1,14 @@
+"""Text in, tensors out: where documents come from and how they become token batches.
+
+The flow is `load_documents` (any source -> id, prompt, completion), optionally `split_documents`, then `encode`
+(-> token ids with an exact prompt boundary), then `collate` (batches) or `pack` (fixed-length blocks for perplexity).
+This package imports none of its siblings, so that training, evaluation and serving read text the same way.
+"""
+
+from data.collate import collate, completion_mask
+from data.encode import encode
+from data.load import load_documents, split_names
+from data.pack import pack
+from data.split import split_documents
+
+__all__ = ["collate", "completion_mask", "encode", "load_documents", "pack", "split_documents", "split_names"]
