@@ -1,0 +1,65 @@
+"""How much of the adapter a chunk gets: from the signals of what is already known to a rung and a scale.
+
+In the flow of a request (text, tokens, signals, chunker, POLICY, cross-fade gate, adapter ladder, logits) this package
+is asked once per chunk, when the chunk opens. It imports no sibling: `runtime` measures the signals and acts on the
+decisions, `training` fits a policy and calibrates its knob, and both meet here.
+
+    settings    everything about a run that is decided before its first token
+    contract    Summary in, Decision out, and the knob that moves a policy along its trade-off curve
+    fixed, percentile, learned             policies to serve
+    random, oracle                         what they are compared with
+    cost, curve                            what a rung costs; which knob spends a given budget
+    checkpoint                             a policy on disk, with what it was fitted to and how well it did
+"""
+
+from .checkpoint import KINDS, Fingerprints, PolicyCheckpoint
+from .contract import Decision, RankPolicy, Summary
+from .cost import LatencyTable, adapter_cost
+from .curve import KnobCurve, check_budget
+from .fixed import FixedPolicy
+from .learned import LearnedPolicy
+from .oracle import OraclePolicy
+from .percentile import PercentilePolicy
+from .random import RandomPolicy
+from .settings import (
+    DEFAULT_RUNGS,
+    FADES,
+    FULL_KV,
+    PAGE_ACTIONS,
+    PAGE_TOKENS,
+    SIGNALS,
+    STATS,
+    ChunkSettings,
+    KVSettings,
+    Settings,
+    SignalSettings,
+)
+
+__all__ = [
+    "DEFAULT_RUNGS",
+    "FADES",
+    "FULL_KV",
+    "KINDS",
+    "PAGE_ACTIONS",
+    "PAGE_TOKENS",
+    "SIGNALS",
+    "STATS",
+    "ChunkSettings",
+    "Decision",
+    "Fingerprints",
+    "FixedPolicy",
+    "KVSettings",
+    "KnobCurve",
+    "LatencyTable",
+    "LearnedPolicy",
+    "OraclePolicy",
+    "PercentilePolicy",
+    "PolicyCheckpoint",
+    "RandomPolicy",
+    "RankPolicy",
+    "Settings",
+    "SignalSettings",
+    "Summary",
+    "adapter_cost",
+    "check_budget",
+]

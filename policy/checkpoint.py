@@ -1,0 +1,310 @@
+"""A policy on disk: `policy.safetensors` (its tensors) and `policy.json` (everything else). Nothing is pickled.
+
+It carries what serving needs to repeat what training measured: the run's settings, the knob's calibration, costs,
+fingerprints of the model and adapter it was fitted to, and its metrics. Writing goes to a temporary folder beside the
+target and is moved into place, so a failure leaves what was there before; `policy.json` holds the digest of the tensor
+file, so two files that do not belong together are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .contract import RankPolicy
+from .cost import LatencyTable
+from .curve import KnobCurve, check_budget
+from .fixed import FixedPolicy
+from .learned import LearnedPolicy
+from .percentile import PercentilePolicy
+from .random import RandomPolicy
+from .settings import Settings
+
+SCHEMA_VERSION = 1
+TENSORS = "policy.safetensors"
+RECORD = "policy.json"
+
+KINDS: Mapping[str, Callable[..., RankPolicy]] = {
+    FixedPolicy.kind: FixedPolicy,
+    PercentilePolicy.kind: PercentilePolicy,
+    LearnedPolicy.kind: LearnedPolicy,
+    RandomPolicy.kind: RandomPolicy,
+}
+"""Every kind that can be stored. `oracle` is not among them: a schedule fits only the tokens it was made for."""
+
+_FIELDS = ("kind", "settings", "config", "rungs", "curve", "cost", "default_budget", "latency", "fingerprints")
+_COST_TOLERANCE = 1e-6
+"""Costs are float32 shares of bytes; a user's 8 / 48 must still reach the rung that costs it."""
+
+_Value = TypeVar("_Value")
+
+
+class Fingerprints(TypedDict):
+    """What the policy was fitted to. A `shared` policy may be used with any adapter of the same model and rungs."""
+
+    model: str
+    adapter: str
+    ladder: str | None
+    shared: bool
+
+
+@dataclass
+class PolicyCheckpoint:
+    """A policy with all that is needed to serve it. Raises ValueError when its parts do not fit together."""
+
+    policy: RankPolicy
+    curve: KnobCurve | None
+    """Budget to knob; None only for `fixed`, whose knob follows from `cost` directly."""
+    cost: tuple[float, ...]
+    """Cost of each rung, [J], non-decreasing, 1 at the top."""
+    fingerprints: Fingerprints
+    default_budget: float = 1.0
+    latency: LatencyTable | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cost = tuple(float(value) for value in self.cost)
+        count = len(self.settings.rungs)
+        ascending = list(self.cost) == sorted(self.cost)
+        if len(self.cost) != count or not ascending or self.cost[0] < 0 or self.cost[-1] != 1:
+            raise ValueError(f"cost: expected {count} ascending numbers from [0, 1] ending in 1, got {self.cost}")
+        if self.curve is None and not isinstance(self.policy, FixedPolicy):
+            raise ValueError(f"curve: expected a calibrated knob curve for a {self.policy.kind} policy, got none")
+        if self.latency is not None and len(self.latency.ms) != count:
+            raise ValueError(f"latency: expected {count} latencies, one per rung, got {len(self.latency.ms)}")
+        self.default_budget = check_budget(self.default_budget)
+        names: dict[str, tuple[type, ...]] = {
+            "model": (str,),
+            "adapter": (str,),
+            "ladder": (str, type(None)),
+            "shared": (bool,),
+        }
+        prints: Mapping[str, Any] = self.fingerprints
+        if set(prints) != set(names) or not all(isinstance(prints[name], names[name]) for name in names):
+            raise ValueError(f"fingerprints: expected model, adapter, ladder (or null) and shared, got {dict(prints)}")
+
+    @property
+    def settings(self) -> Settings:
+        """The run's settings, those of the policy."""
+        return self.policy.settings
+
+    def knob_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
+        """The knob that spends `budget`, or `latency_budget_ms` per token, on average; neither: the default budget.
+
+        A budget of 1 is the dear end of the knob, the top rung throughout; one below what the policy can reach is its
+        cheap end. A `fixed` policy takes the dearest rung whose cost is within the budget. Raises ValueError for both
+        arguments at once, a budget outside [0, 1], or a latency that no measurement supports.
+        """
+        if budget is not None and latency_budget_ms is not None:
+            got = f"budget={budget!r} and latency_budget_ms={latency_budget_ms!r}"
+            raise ValueError(f"budget: expected budget or latency_budget_ms, got {got}; give one of them")
+        if latency_budget_ms is not None:
+            if self.latency is None:
+                raise ValueError("latency_budget_ms: expected a policy with a latency table, got none; use budget")
+            # From the share of time to the share of cost; the same thing where cost was taken from this very table.
+            budget = float(np.interp(self.latency.budget_for(latency_budget_ms), self.latency.cost(), self.cost))
+        budget = self.default_budget if budget is None else check_budget(budget)
+        if budget == 1:
+            return self.policy.knob_range()[1]
+        if self.curve is None or isinstance(self.policy, FixedPolicy):
+            return float(max(0, bisect_right(self.cost, budget + _COST_TOLERANCE) - 1))
+        return self.curve.knob(budget)
+
+    def check(self, *, model: str, adapter: str, rungs: Sequence[int], ladder: str | None = None) -> None:
+        """Raise ValueError unless the policy fits this model, adapter, rungs and (where both have one) ladder."""
+        own = self.fingerprints
+        if model != own["model"]:
+            raise ValueError(
+                f"model: expected fingerprint {own['model']}, got {model}; load the base model the policy was fitted to"
+            )
+        if tuple(rungs) != self.settings.rungs:
+            raise ValueError(
+                f"rungs: expected {self.settings.rungs}, got {tuple(rungs)}; build the ladder with the policy's rungs"
+            )
+        if own["shared"]:
+            return
+        if adapter != own["adapter"]:
+            raise ValueError(
+                f"adapter: expected fingerprint {own['adapter']}, got {adapter}; "
+                "load the adapter the policy was fitted to, or fit one policy and mark it shared"
+            )
+        if ladder is not None and own["ladder"] is not None and ladder != own["ladder"]:
+            raise ValueError(
+                f"ladder: expected fingerprint {own['ladder']}, got {ladder}; use the ladder the policy was fitted to"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write both files into `folder`, replacing those of an earlier save and touching nothing else there.
+
+        Raises ValueError, before anything is written, for a policy that cannot be stored: an `oracle`, tensors that
+        are not finite or not of the dtype they were built with, metrics that are not JSON.
+        """
+        folder = Path(folder)
+        if self.policy.kind not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise ValueError(
+                f"policy: expected a kind that can be exported ({kinds}), got {self.policy.kind!r}, "
+                "which fits only the tokens it was made for; export the policy it was compared with"
+            )
+        state = {name: value.detach().cpu().contiguous() for name, value in self.policy.state_dict().items()}
+        _check_tensors(_rebuild(self.policy.kind, self.settings, self.policy.config()), state, "policy")
+        tensors = safetensors.torch.save(state, metadata={"format": "pt"})
+        record = self._record(hashlib.sha256(tensors).hexdigest())
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+        temporary.mkdir()
+        try:
+            (temporary / TENSORS).write_bytes(tensors)
+            (temporary / RECORD).write_text(record, encoding="utf-8")
+            if folder.is_dir():
+                for name in (TENSORS, RECORD):
+                    os.replace(temporary / name, folder / name)
+            else:
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PolicyCheckpoint:
+        """Read what `save` wrote, on the CPU and in eval mode.
+
+        Raises FileNotFoundError for a missing folder or file and ValueError for anything in them that is not as
+        `save` writes it.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"policy: expected a folder, got {folder}, which is not one; check the path")
+        record = _read_record(folder)
+        where = str(folder / RECORD)
+        settings = _parse(where, "settings", lambda: Settings.from_dict(record["settings"]))
+        if record["rungs"] != list(settings.rungs):
+            got = f"{record['rungs']} beside {list(settings.rungs)}"
+            raise ValueError(f"{where}: rungs: expected those of settings, got {got}; export the policy again")
+        policy = _parse(where, "config", lambda: _rebuild(record["kind"], settings, record["config"]))
+        _load_tensors(policy, folder / TENSORS, record["tensors_sha256"])
+        curve, latency = record["curve"], record["latency"]
+        return _parse(
+            where,
+            "policy",
+            lambda: cls(
+                policy=policy.eval(),
+                curve=None if curve is None else KnobCurve(**curve),
+                cost=tuple(record["cost"]),
+                fingerprints=record["fingerprints"],
+                default_budget=record["default_budget"],
+                latency=None if latency is None else LatencyTable(**latency),
+                metrics=dict(record["metrics"]),
+            ),
+        )
+
+    def _record(self, digest: str) -> str:
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.policy.kind,
+            "settings": self.settings.to_dict(),
+            "config": self.policy.config(),
+            "rungs": self.settings.rungs,
+            "curve": self.curve and asdict(self.curve),
+            "cost": self.cost,
+            "default_budget": self.default_budget,
+            "latency": self.latency and asdict(self.latency),
+            "fingerprints": dict(self.fingerprints),
+            "metrics": self.metrics,
+            "tensors_sha256": digest,
+            "libraries": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+                "safetensors": safetensors.__version__,
+            },
+        }
+        try:
+            return json.dumps(record, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metrics: expected JSON values and finite numbers, got {error}; convert them") from None
+
+
+def _rebuild(kind: str, settings: Settings, config: Mapping[str, Any]) -> RankPolicy:
+    """A policy of this kind whose tensors are still to be loaded; the random generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return KINDS[kind](settings, **config)
+
+
+def _parse(where: str, name: str, build: Callable[[], _Value]) -> _Value:
+    """`build()`, with any complaint turned into one line that says where the value stands."""
+    try:
+        return build()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: {name}: {error}; export the policy again") from None
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    for name in (RECORD, TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"policy: expected {RECORD} and {TENSORS} in {folder}, got no {name}; export again")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; export the policy again") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}; export the policy again")
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}; "
+            "export the policy with this version, or read it with the one that wrote it"
+        )
+    missing = [name for name in (*_FIELDS, "metrics", "tensors_sha256") if name not in record]
+    if missing:
+        raise ValueError(f"{path}: expected {', '.join(missing)}, got a record without; export the policy again")
+    if record["kind"] not in KINDS:
+        raise ValueError(f"{path}: expected a kind among {', '.join(KINDS)}, got {record['kind']!r}; export it again")
+    return record
+
+
+def _load_tensors(policy: RankPolicy, path: Path, digest: str) -> None:
+    data = path.read_bytes()
+    try:
+        found = safetensors.torch.load(data)
+    except Exception as error:  # safetensors raises its own type, KeyError or ValueError, by what is damaged.
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, got one that does not parse ({error}); copy or export it again"
+        ) from None
+    _check_tensors(policy, found, str(path))
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{path}: expected the file {RECORD} was written with, got another; export the policy again")
+    policy.load_state_dict(found)
+
+
+def _check_tensors(policy: RankPolicy, found: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError, naming the tensor, unless `found` is a state of `policy`: names, shapes, dtypes, finite."""
+    expected = policy.state_dict()
+    for name, tensor in expected.items():
+        wanted = f"{tuple(tensor.shape)} {tensor.dtype}"
+        if name not in found:
+            raise ValueError(f"{where}: tensor {name}: expected {wanted}, got none; export the policy again")
+        got = f"{tuple(found[name].shape)} {found[name].dtype}"
+        if got != wanted:
+            raise ValueError(f"{where}: tensor {name}: expected {wanted}, got {got}; export the policy again")
+        if not bool(found[name].isfinite().all()):
+            raise ValueError(f"{where}: tensor {name}: expected finite numbers, got NaN or infinity; fit it again")
+    extra = sorted(set(found) - set(expected))
+    if extra:
+        raise ValueError(f"{where}: tensor {extra[0]}: expected no such tensor, got one; export the policy again")

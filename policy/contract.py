@@ -1,0 +1,76 @@
+"""What a rank policy is: signals of what is already known in, rung and scale of the opening chunk out.
+
+Shape legend: B rows, S = 4 signals, J rungs. Every policy has one scalar knob that moves it along its trade-off curve
+(log lambda for `learned`, a rung for `fixed`, the centre of the band for `percentile` and `random`), so that one
+policy is the whole curve and every policy is calibrated and compared the same way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .settings import SIGNALS, STATS, Settings
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known when a chunk opens.
+
+    The statistics are those of the chunk just closed, over its tokens whose signals are already known; of a
+    model-output signal for which that chunk has none yet, the latest known ones stand.
+    """
+
+    stats: Tensor
+    """[B, S, 3] mean, max and last value of each signal, in [0, 1]."""
+    valid: Tensor
+    """[B, S] bool: a value of this signal exists."""
+    first: Tensor
+    """[B, 2] novelty and prior of the opening chunk's first token (they depend on tokens only)."""
+    position: Tensor
+    """[B] long: index of that token in its row, counted from the row's first real token."""
+
+    FEATURES: ClassVar[int] = len(SIGNALS) * len(STATS) + len(SIGNALS) + 2
+
+    def features(self) -> Tensor:
+        """[B, 18] float32: the statistics, zero where invalid, then validity, then the first token's signals."""
+        # Masked, not multiplied: whatever stands where a signal is unknown, NaN included, must not be seen.
+        stats = self.stats.to(torch.float32).masked_fill(~self.valid[..., None], 0.0)
+        return torch.cat([stats.flatten(1), self.valid.to(torch.float32), self.first.to(torch.float32)], dim=1)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rung and scale for the chunk that opens."""
+
+    rung: Tensor
+    """[B] long, index into the rungs."""
+    scale: Tensor
+    """[B] float32, multiplies the adapter's output; 1 at the top rung."""
+
+
+class RankPolicy(nn.Module, ABC):
+    """Maps summaries to decisions. Pure: the same summary and knob always give the same decision."""
+
+    kind: ClassVar[str]
+    settings: Settings
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    @abstractmethod
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        """Choose for every row; `knob` is [B] float32. Must not synchronise with the host."""
+
+    @abstractmethod
+    def knob_range(self) -> tuple[float, float]:
+        """(cheapest, dearest): knob values that give this policy's least and greatest mean cost."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values; tensors belong in the state dict."""

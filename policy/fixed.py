@@ -1,0 +1,35 @@
+"""One rung for every chunk: static truncation, the baseline every other policy has to beat.
+
+The knob is the rung's index. It is also what an export falls back to when nothing better was learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .contract import Decision, RankPolicy, Summary
+from .rungs import nearest_rung, rung_scales
+from .settings import Settings
+
+
+class FixedPolicy(RankPolicy):
+    """Rung `round(knob)` whatever the text. `scales` is [J], the scale of each rung, 1 at the top."""
+
+    kind: ClassVar[str] = "fixed"
+    scales: Tensor
+
+    def __init__(self, settings: Settings, scales: Tensor | None = None) -> None:
+        super().__init__(settings)
+        self.register_buffer("scales", rung_scales(settings, scales))
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        rung = nearest_rung(knob, self.settings)
+        return Decision(rung, self.scales.float().index_select(0, rung))
+
+    def knob_range(self) -> tuple[float, float]:
+        return 0.0, float(len(self.settings.rungs) - 1)
+
+    def config(self) -> dict[str, Any]:
+        return {}

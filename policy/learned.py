@@ -1,0 +1,173 @@
+"""A few thousand weights that predict what each rung would cost in quality, and weigh that against its bytes.
+
+For a chunk with features x the network predicts the damage q_j (nats of KL per token, against the full rank) of every
+rung j, and the policy is
+
+    logits_j = -(q_j(x, log lambda) / lambda + c_j) / t        c_j: cost in [0, 1];  t: learned, at least 0.01
+
+that is, the rung of least `q + lambda c` with a softness measured in cost, so gradients have one size at every lambda.
+The network says only by what factor this chunk differs from the average: `q_j = sum_{i >= j} unit_i exp(h_i(x))`, where
+`unit` is the average damage of giving up rung i + 1 for rung i. Three things hold by construction:
+
+- The top rung is exact: q_top = 0 and its scale is 1. q never rises with j.
+- At initialisation (h = 0, every scale 1) it is the best policy that does not look at the text.
+- As long as h does not use log lambda (its input weights start at 0), raising lambda never raises the chosen cost nor
+  the expected one: with q falling and c rising in j, d E[c] / d(1/lambda) = -Cov(q, c) / t >= 0.
+
+At the cheap end of the knob a chunk of extreme damage may still be given a better rung; at the dear end every chunk
+gets the top rung.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .contract import Decision, RankPolicy, Summary
+from .settings import Settings
+
+_GROWTH = 6.0
+"""|h| stays below this: one chunk's damage differs from the average by at most a factor exp(6) = 403."""
+_LEAST_TEMPERATURE = 0.01
+_LEAST_UNIT_NATS = 1e-6
+_LEAST_STD = 1e-3
+"""A feature that moves less than this on training data is constant; dividing by its spread would blow up noise."""
+
+
+class LearnedPolicy(RankPolicy):
+    """MLP over `Summary.features()` and log lambda; the knob is log lambda, lambda in nats per unit of cost.
+
+    `cost` is [J], non-decreasing, 1 at the top (left out: rung / top rung); `scale_range` bounds the scale of a rung
+    to 1 +- scale_range; `log_lambda_range` is where lambda is kept. Raises ValueError for fewer than two rungs.
+    """
+
+    kind: ClassVar[str] = "learned"
+    cost: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
+    log_lambda_centre: Tensor
+    log_lambda_spread: Tensor
+    damage_unit: Tensor
+    later: Tensor
+
+    def __init__(
+        self,
+        settings: Settings,
+        hidden: int = 48,
+        scale_range: float = 0.3,
+        log_lambda_range: tuple[float, float] = (-14.0, 7.0),
+        cost: Tensor | None = None,
+    ) -> None:
+        super().__init__(settings)
+        rungs = len(settings.rungs)
+        if rungs < 2:
+            raise ValueError(f"rungs: expected at least two to choose from, got {settings.rungs}; use a fixed policy")
+        if hidden < 1:
+            raise ValueError(f"hidden: expected at least 1, got {hidden!r}")
+        if not 0 <= scale_range < 1:
+            raise ValueError(f"scale_range: expected a number in [0, 1), got {scale_range!r}")
+        low, high = (float(end) for end in log_lambda_range)
+        if not -40 <= low < high <= 40:
+            raise ValueError(f"log_lambda_range: expected low < high within [-40, 40], got {(low, high)}")
+        self.hidden, self.scale_range, self.log_lambda_range = int(hidden), float(scale_range), (low, high)
+
+        ranks = torch.tensor(settings.rungs, dtype=torch.float32)
+        cost = ranks / ranks[-1] if cost is None else cost.detach().to(torch.float32).clone()
+        if cost.shape != (rungs,) or bool((cost.diff() < 0).any()) or float(cost[0]) < 0 or float(cost[-1]) != 1:
+            raise ValueError(f"cost: expected {rungs} ascending numbers from [0, 1] ending in 1, got {cost.tolist()}")
+        self.register_buffer("cost", cost)
+        self.register_buffer("feature_mean", torch.zeros(Summary.FEATURES))
+        self.register_buffer("feature_std", torch.ones(Summary.FEATURES))
+        self.register_buffer("log_lambda_centre", torch.tensor((low + high) / 2))
+        self.register_buffer("log_lambda_spread", torch.tensor((high - low) / 4))
+        # Until calibrated: damage about 0.05 (top / rank - 1) nats, the size seen on instruction-tuned adapters.
+        guess = 0.05 / cost.clamp(min=1 / 64)
+        self.register_buffer("damage_unit", (guess[:-1] - guess[1:]).clamp(min=_LEAST_UNIT_NATS))
+        # Sums the steps from rung j up; a matrix, because cumsum has no deterministic CUDA kernel.
+        self.register_buffer("later", torch.ones(rungs - 1, rungs).tril(), persistent=False)
+
+        self.trunk = nn.Sequential(
+            nn.Linear(Summary.FEATURES + 1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        )
+        self.damage_head = nn.Linear(hidden, rungs - 1)
+        self.scale_head = nn.Linear(hidden, rungs - 1)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
+        self._start_blind()
+
+    @torch.no_grad()
+    def _start_blind(self) -> None:
+        first = self.trunk[0]
+        assert isinstance(first, nn.Linear), "the trunk starts with a linear layer"
+        first.weight[:, -1] = 0
+        for head in (self.damage_head, self.scale_head):
+            head.weight.zero_()
+            head.bias.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor, damage: Tensor, log_lambda: Tensor | None = None) -> None:
+        """Set the normalisers from training data; call once, before training.
+
+        `features` [N, 18]; `damage` [N, J], KL of every rung in nats per token (at scale 1); `log_lambda` [N] or any
+        other number of the values that training will draw (left out: spread over `log_lambda_range`). Raises
+        ValueError for other shapes or values that are not finite.
+        """
+        shapes = (features.shape, damage.shape)
+        expected = ((features.shape[0], Summary.FEATURES), (features.shape[0], len(self.cost)))
+        if features.shape[0] == 0 or shapes != expected:
+            got = f"{tuple(features.shape)} and {tuple(damage.shape)}"
+            raise ValueError(f"features, damage: expected [N, {Summary.FEATURES}] and [N, {len(self.cost)}], got {got}")
+        if not bool(features.isfinite().all() and damage.isfinite().all()):
+            raise ValueError("features, damage: expected finite numbers, got NaN or infinity; check the labels")
+        mean, std = features.double().mean(0), features.double().std(0, correction=0)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(torch.where(std < _LEAST_STD, 1.0, std))
+        # Average damage that rises with rank (a plain SVD ladder can) counts as flat.
+        falling = damage.double().mean(0).flip(0).cummax(0).values.flip(0)
+        self.damage_unit.copy_((falling[:-1] - falling[1:]).clamp(min=_LEAST_UNIT_NATS))
+        if log_lambda is not None:
+            self.log_lambda_centre.copy_(log_lambda.double().mean())
+            self.log_lambda_spread.copy_(log_lambda.double().std(correction=0).clamp(min=_LEAST_STD))
+
+    def predict(self, features: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted damage [B, J] in nats per token, and scale [B, J], of every rung; both float32.
+
+        `features` is [B, 18], `log_lambda` [B]; log lambda is kept within `log_lambda_range`.
+        """
+        log_lambda = log_lambda.float().clamp(*self.log_lambda_range)
+        seen = (features - self.feature_mean) / self.feature_std
+        weight = (log_lambda - self.log_lambda_centre) / self.log_lambda_spread
+        inputs = torch.cat([seen.float(), weight.float()[:, None]], dim=1)
+        hidden = self.trunk(inputs.to(self.damage_head.weight.dtype))
+        growth = _GROWTH * torch.tanh(self.damage_head(hidden).float() / _GROWTH)
+        # The floor makes the dear end of the knob mean the top rung for every chunk, whatever was learned.
+        floor = 2 * math.exp(self.log_lambda_range[0]) * self.cost.float().diff()
+        damage = (self.damage_unit.float() * torch.exp(growth) + floor) @ self.later.float()
+        scale = 1 + self.scale_range * torch.tanh(self.scale_head(hidden).float())
+        return damage, torch.cat([scale, torch.ones_like(scale[:, :1])], dim=1)
+
+    def logits(self, features: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
+        """Rung logits [B, J] and scale [B, J], float32, of `features` [B, 18] at `log_lambda` [B]."""
+        damage, scale = self.predict(features, log_lambda)
+        price = torch.exp(-log_lambda.float().clamp(*self.log_lambda_range))[:, None]
+        temperature = self.log_temperature.float().exp().clamp(min=_LEAST_TEMPERATURE)
+        return -(damage * price + self.cost.float()) / temperature, scale
+
+    @torch.no_grad()
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        logits, scale = self.logits(summary.features(), knob)
+        rung = logits.argmax(1)
+        return Decision(rung, scale.gather(1, rung[:, None]).squeeze(1))
+
+    def knob_range(self) -> tuple[float, float]:
+        low, high = self.log_lambda_range
+        return high, low
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "hidden": self.hidden,
+            "scale_range": self.scale_range,
+            "log_lambda_range": list(self.log_lambda_range),
+        }

@@ -1,0 +1,107 @@
+"""Rungs from thresholds on one signal, the thresholds being percentiles of calibration text (the paper's rule).
+
+The value of the closed chunk is looked up in a table of calibration quantiles; its percentile u in [0, 1] moves the
+rung within a band around the knob: `rung = round(knob + spread * (2u - 1))`. On text like the calibration text every
+part of the band is equally likely, so `random` with the same spread is this policy with the signal thrown away.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .contract import Decision, RankPolicy, Summary
+from .rungs import nearest_rung, rung_scales
+from .settings import SIGNALS, STATS, Settings
+
+COMPLEXITY = "complexity"
+"""In place of a signal's name: the mean of the known signals, weighted by `settings.chunk.weights`."""
+
+GRID_POINTS = 101
+
+
+class PercentilePolicy(RankPolicy):
+    """Harder than usual chunks get a rung above the knob, easier ones a rung below it.
+
+    `signal` is one of SIGNALS or "complexity"; `grid` is [101], the ascending quantiles 0, 0.01, ..., 1 of that value
+    on calibration text (left out: even steps from 0 to 1); `spread` is half the band's width in rungs; `scales` is
+    [J]. Raises ValueError for an unknown signal, a bad grid or a negative spread.
+    """
+
+    kind: ClassVar[str] = "percentile"
+    scales: Tensor
+    grid: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        settings: Settings,
+        signal: str,
+        grid: Tensor | None = None,
+        scales: Tensor | None = None,
+        spread: float = 2.0,
+    ) -> None:
+        super().__init__(settings)
+        if signal not in (*SIGNALS, COMPLEXITY):
+            raise ValueError(f"signal: expected one of {', '.join((*SIGNALS, COMPLEXITY))}, got {signal!r}")
+        if not 0 <= spread < float("inf"):
+            raise ValueError(f"spread: expected a number of rungs of at least 0, got {spread!r}")
+        grid = torch.linspace(0, 1, GRID_POINTS) if grid is None else grid.detach().to(torch.float32).clone()
+        if grid.shape != (GRID_POINTS,) or not bool(grid.isfinite().all()) or bool((grid.diff() < 0).any()):
+            raise ValueError(f"grid: expected {GRID_POINTS} ascending finite numbers, got shape {tuple(grid.shape)}")
+        self.signal = signal
+        self.spread = float(spread)
+        weights = settings.chunk.weights if signal == COMPLEXITY else [float(name == signal) for name in SIGNALS]
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("grid", grid)
+        self.register_buffer("scales", rung_scales(settings, scales))
+
+    @classmethod
+    def calibrate(
+        cls, values: Tensor, settings: Settings, signal: str, scales: Tensor | None = None, spread: float = 2.0
+    ) -> PercentilePolicy:
+        """The policy whose grid holds the quantiles of `values` [N], one per chunk of calibration text.
+
+        They are what `value` returns where it is known. Raises ValueError for no values or values not finite.
+        """
+        sample = values.detach().double().flatten().cpu().numpy()
+        if sample.size == 0 or not np.isfinite(sample).all():
+            raise ValueError(f"values: expected at least one finite value to calibrate on, got {sample.size} values")
+        grid = torch.from_numpy(np.quantile(sample, np.linspace(0, 1, GRID_POINTS))).to(torch.float32)
+        # Interpolated quantiles of equal neighbours may differ in the last bit, in either direction.
+        return cls(settings, signal, grid.cummax(0).values, scales, spread)
+
+    def value(self, summary: Summary) -> tuple[Tensor, Tensor]:
+        """The number the thresholds are on, [B] float32 (0 where unknown), and whether it is known, [B] bool."""
+        means = summary.stats[..., STATS.index("mean")].to(torch.float32).masked_fill(~summary.valid, 0.0)
+        weights = self.weights.float() * summary.valid
+        total = weights.sum(1)
+        known = total > 0
+        return (means * weights).sum(1) / torch.where(known, total, 1.0), known
+
+    def percentile(self, value: Tensor) -> Tensor:
+        """Share of calibration values below `value` [B], in [0, 1]; equal ones count half."""
+        grid = self.grid.float()
+        below = torch.searchsorted(grid, value)
+        up_to = torch.searchsorted(grid, value, right=True)
+        left = grid[(below - 1).clamp(min=0)]
+        right = grid[below.clamp(max=GRID_POINTS - 1)]
+        gap = right - left
+        between = below - 1 + (value - left) / torch.where(gap > 0, gap, 1.0)
+        tied = (below + up_to - 1) / 2
+        return (torch.where(up_to > below, tied, between) / (GRID_POINTS - 1)).clamp(0, 1)
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        value, known = self.value(summary)
+        centred = torch.where(known, 2 * self.percentile(value) - 1, 0.0)
+        rung = nearest_rung(knob + self.spread * centred, self.settings)
+        return Decision(rung, self.scales.float().index_select(0, rung))
+
+    def knob_range(self) -> tuple[float, float]:
+        return -self.spread, len(self.settings.rungs) - 1 + self.spread
+
+    def config(self) -> dict[str, Any]:
+        return {"signal": self.signal, "spread": self.spread}

@@ -1,0 +1,64 @@
+"""Rungs drawn blindly around the knob: what mixing rungs costs when no signal guides it.
+
+KL falls convexly with rank, so a blind mixture loses to the fixed rung of the same mean; a policy that only ties with
+this one has learned nothing. The draw is a hash of (seed, row, position), not a generator: it repeats exactly, needs
+no state and no host, and replays inside a captured graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .contract import Decision, RankPolicy, Summary
+from .rungs import nearest_rung, rung_scales
+from .settings import Settings
+
+_Number = TypeVar("_Number", int, Tensor)
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: _Number) -> _Number:
+    """A 32-bit xorshift-multiply hash; both multipliers stay below 2**31, so int64 products never overflow."""
+    x = x & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x2C1B3C6D) & _MASK
+    x = x ^ (x >> 12)
+    x = (x * 0x297A2D39) & _MASK
+    return x ^ (x >> 15)
+
+
+def uniform_hash(seed: int, row: Tensor, position: Tensor) -> Tensor:
+    """Numbers in [0, 1), float32, a pure function of (seed, row [B] long, position [B] long)."""
+    bits = _mix(_mix(_mix(seed) + row) + position)
+    # 24 bits are what float32 holds exactly; more could round up to 1.
+    return (bits >> 8).to(torch.float32) / 2**24
+
+
+class RandomPolicy(RankPolicy):
+    """A rung uniform in [knob - spread, knob + spread], anew for every chunk. `scales` is [J], 1 at the top."""
+
+    kind: ClassVar[str] = "random"
+    scales: Tensor
+
+    def __init__(self, settings: Settings, seed: int, spread: float = 2.0, scales: Tensor | None = None) -> None:
+        super().__init__(settings)
+        if not 0 <= spread < float("inf"):
+            raise ValueError(f"spread: expected a number of rungs of at least 0, got {spread!r}")
+        self.seed = int(seed)
+        self.spread = float(spread)
+        self.register_buffer("scales", rung_scales(settings, scales))
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        row = torch.arange(knob.shape[0], device=summary.position.device)
+        draw = uniform_hash(self.seed, row, summary.position)
+        rung = nearest_rung(knob + self.spread * (2 * draw - 1), self.settings)
+        return Decision(rung, self.scales.float().index_select(0, rung))
+
+    def knob_range(self) -> tuple[float, float]:
+        return -self.spread, len(self.settings.rungs) - 1 + self.spread
+
+    def config(self) -> dict[str, Any]:
+        return {"seed": self.seed, "spread": self.spread}

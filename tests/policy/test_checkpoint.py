@@ -1,0 +1,390 @@
+"""A policy on disk: exact round trips, nothing half-written, and an error message for whatever can be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from policy import (
+    KINDS,
+    ChunkSettings,
+    Fingerprints,
+    FixedPolicy,
+    KnobCurve,
+    KVSettings,
+    LatencyTable,
+    LearnedPolicy,
+    OraclePolicy,
+    PercentilePolicy,
+    PolicyCheckpoint,
+    RandomPolicy,
+    RankPolicy,
+    Settings,
+    SignalSettings,
+    Summary,
+)
+
+RUNGS = (2, 4, 8, 16)
+COST = (0.125, 0.25, 0.5, 1.0)
+SETTINGS = Settings(
+    RUNGS,
+    start_rung=2,
+    block_tokens=8,
+    fade_tokens=1,
+    signals=SignalSettings(recent_pages=3),
+    chunk=ChunkSettings(min_tokens=1, max_tokens=5, weights=(0.1, 0.2, 0.3, 0.4), thresholds=(0.3,)),
+    kv=KVSettings(hard="full", easy="sparse"),
+)
+PRINTS: Fingerprints = {"model": "m-1", "adapter": "a-1", "ladder": "l-1", "shared": False}
+TABLE = LatencyTable("NVIDIA H200", ms=(10.5, 11.0, 13.0, 14.0), ms_base=10.0, spread_ms=0.1)
+
+
+def build(kind: str) -> RankPolicy:
+    torch.manual_seed(0)
+    scales = torch.tensor([1.3, 1.2, 1.1, 1.0])
+    if kind == "fixed":
+        return FixedPolicy(SETTINGS, scales)
+    if kind == "percentile":
+        return PercentilePolicy.calibrate(torch.rand(500), SETTINGS, "entropy", scales, spread=1.25)
+    if kind == "random":
+        return RandomPolicy(SETTINGS, seed=5, spread=0.5, scales=scales)
+    policy = LearnedPolicy(SETTINGS, hidden=7, scale_range=0.1, log_lambda_range=(-9.5, 3), cost=torch.tensor(COST))
+    policy.calibrate(torch.rand(50, Summary.FEATURES), torch.rand(50, 4))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return policy
+
+
+def checkpoint(kind: str = "learned", **changes: Any) -> PolicyCheckpoint:
+    policy = build(kind)
+    cheap, dear = policy.knob_range()
+    values: dict[str, Any] = {
+        "policy": policy,
+        "curve": KnobCurve((0.2, 0.9), (cheap, dear)),
+        "cost": COST,
+        "fingerprints": PRINTS,
+        "default_budget": 0.4,
+        "latency": TABLE,
+        "metrics": {"kl_nats": 0.1, "best fixed": [1, 2, None]},
+    }
+    return PolicyCheckpoint(**(values | changes))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((folder / "policy.json").read_text())
+    change(record)
+    (folder / "policy.json").write_text(json.dumps(record))
+
+
+def replace_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """New tensors with a digest that agrees, as another program would write them."""
+    state = safetensors.torch.load_file(folder / "policy.safetensors")
+    change(state)
+    data = safetensors.torch.save(state)
+    (folder / "policy.safetensors").write_bytes(data)
+    edit(folder, lambda record: record.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    checkpoint().save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
+    saved = checkpoint(kind)
+    saved.save(tmp_path / "deep" / "policy")
+    state = torch.get_rng_state()
+    loaded = PolicyCheckpoint.load(str(tmp_path / "deep" / "policy"))
+    assert torch.equal(torch.get_rng_state(), state), "loading draws no random numbers"
+    assert type(loaded.policy) is type(saved.policy)
+    assert not loaded.policy.training
+    assert loaded.policy.config() == saved.policy.config()
+    assert loaded.settings == saved.settings == SETTINGS
+    expected = saved.policy.state_dict()
+    assert loaded.policy.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.policy.state_dict().items())
+    for name in ("curve", "cost", "fingerprints", "default_budget", "latency", "metrics"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    assert sorted(path.name for path in (tmp_path / "deep").rglob("*")) == [
+        "policy",
+        "policy.json",
+        "policy.safetensors",
+    ]
+    record = json.loads((tmp_path / "deep" / "policy" / "policy.json").read_text())
+    assert record["schema_version"] == 1
+    assert record["rungs"] == list(RUNGS)
+    assert record["libraries"]["torch"] == torch.__version__
+
+
+def test_saving_again_replaces_the_policy_and_nothing_else(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    checkpoint("fixed", curve=None, latency=None).save(folder)
+    loaded = PolicyCheckpoint.load(folder)
+    assert loaded.policy.kind == "fixed"
+    assert (loaded.curve, loaded.latency) == (None, None)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in folder.parent.iterdir()] == ["policy"]
+
+
+@pytest.mark.parametrize("metrics", [{"kl": float("nan")}, {"kl": torch.ones(1)}])
+@pytest.mark.parametrize("existing", [False, True])
+def test_metrics_that_are_not_json_leave_nothing_behind(metrics: dict, existing: bool, tmp_path: Path) -> None:
+    target = tmp_path / "policy"
+    if existing:
+        checkpoint("fixed").save(target)
+    before = {path.name: path.read_bytes() for path in target.glob("*")}
+    with pytest.raises(ValueError, match=r"metrics: expected JSON values and finite numbers, got .*; convert them"):
+        checkpoint(metrics=metrics).save(target)
+    assert {path.name: path.read_bytes() for path in target.glob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"] * existing
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("call", ["write_text", "replace"])
+def test_a_failing_write_leaves_what_was_there(
+    call: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "policy"
+    if existing:
+        checkpoint("fixed").save(target)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if call == "write_text" else os, call, fail)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint().save(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"] * existing
+    if existing:
+        assert PolicyCheckpoint.load(target).policy.kind == "fixed"
+
+
+def test_an_interrupted_replacement_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, calls = os.replace, []
+
+    def fail_second(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("power cut")
+        replace(*args)
+
+    changed = checkpoint()
+    with torch.no_grad():
+        next(changed.policy.parameters()).add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_second)
+        with pytest.raises(OSError, match="power cut"):
+            changed.save(folder)
+    with pytest.raises(ValueError, match=r"expected the file policy.json was written with, got another"):
+        PolicyCheckpoint.load(folder)
+
+
+def test_an_oracle_is_not_exported(tmp_path: Path) -> None:
+    oracle = OraclePolicy(SETTINGS, torch.zeros(1, 4).long(), torch.ones(1, 4))
+    message = r"policy: expected a kind that can be exported \(fixed, percentile, learned, random\), got 'oracle'"
+    with pytest.raises(ValueError, match=message):
+        checkpoint(policy=oracle).save(tmp_path / "policy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_served_are_not_exported(tmp_path: Path) -> None:
+    diverged = checkpoint()
+    diverged.policy.get_parameter("log_temperature").data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="policy: tensor log_temperature: expected finite numbers, got NaN"):
+        diverged.save(tmp_path / "policy")
+    half = checkpoint()
+    half.policy.bfloat16()
+    with pytest.raises(ValueError, match=r"tensor \w+: expected .* torch.float32, got .* torch.bfloat16"):
+        half.save(tmp_path / "policy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_or_file_is_named(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"policy: expected a folder, got .*nowhere, which is not one"):
+        PolicyCheckpoint.load(folder / "nowhere")
+    for name in ("policy.safetensors", "policy.json"):
+        (folder / name).unlink()
+        with pytest.raises(
+            FileNotFoundError, match=f"expected policy.json and policy.safetensors in .*, got no {name}"
+        ):
+            PolicyCheckpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "expected JSON, got Expecting property name"),
+        (b"", "expected JSON, got Expecting value"),
+        (b"\xff\xfe{}", "expected JSON, got .*codec can't decode"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b"{}", "expected schema_version 1, got None"),
+        (b'{"schema_version": 2}', "expected schema_version 1, got 2; export the policy with this version"),
+        (b'{"schema_version": 1, "kind": "fixed"}', "expected settings, config, .*, got a record without"),
+    ],
+)
+def test_a_damaged_record_is_refused(folder: Path, content: bytes, message: str) -> None:
+    (folder / "policy.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"policy.json: {message}"):
+        PolicyCheckpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(kind="magic"), "expected a kind among fixed, percentile, learned, random, got 'magic'"),
+        (lambda r: r.update(kind="oracle"), "expected a kind among fixed, percentile, learned, random, got 'oracle'"),
+        (lambda r: r.update(settings=3), "settings: .*; export the policy again"),
+        (lambda r: r["settings"].update(speed=3), "settings: .*unexpected keyword argument 'speed'"),
+        (lambda r: r["settings"].pop("rungs"), "settings: .*missing .* 'rungs'"),
+        (
+            lambda r: r["settings"].update(fade_tokens=3),
+            r"settings: fade_tokens: expected one of \(1, 4, 8, 16\), got 3",
+        ),
+        (lambda r: r.update(rungs=[1, 2]), r"rungs: expected those of settings, got \[1, 2\] beside \[2, 4, 8, 16\]"),
+        (lambda r: r["config"].update(depth=9), "config: .*unexpected keyword argument 'depth'"),
+        (lambda r: r["config"].update(hidden=-1), "config: hidden: expected at least 1, got -1"),
+        (lambda r: r["curve"].update(knobs=[1, 2, 3]), "expected as many budgets as knobs"),
+        (lambda r: r.update(curve=3), "policy: .*must be a mapping"),
+        (lambda r: r.update(curve=None), "curve: expected a calibrated knob curve for a learned policy, got none"),
+        (lambda r: r["latency"].update(ms=[1]), "latency: expected 4 latencies, one per rung, got 1"),
+        (lambda r: r.update(cost=[0.5, 1]), r"cost: expected 4 ascending numbers from \[0, 1\] ending in 1, got"),
+        (lambda r: r.update(cost=None), "policy: .*NoneType.* not iterable"),
+        (lambda r: r.update(default_budget=2), r"budget: expected a share of .* in \[0, 1\], got 2"),
+        (lambda r: r["fingerprints"].pop("shared"), "fingerprints: expected model, adapter, ladder .* and shared, got"),
+        (
+            lambda r: r["fingerprints"].update(model=1),
+            "fingerprints: expected model, adapter, ladder .* and shared, got",
+        ),
+        (lambda r: r.update(metrics=3), "policy: .*not iterable"),
+    ],
+)
+def test_a_wrong_value_is_named_in_one_line(folder: Path, change: Callable, message: str) -> None:
+    edit(folder, change)
+    with pytest.raises(ValueError, match=f"policy.json: .*{message}") as caught:
+        PolicyCheckpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_tensor_file_is_refused(folder: Path, keep: int) -> None:
+    path = folder / "policy.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        ValueError, match=r"policy.safetensors: expected a whole safetensors file, got one that does not"
+    ):
+        PolicyCheckpoint.load(folder)
+
+
+def test_a_flipped_bit_is_noticed(folder: Path) -> None:
+    path = folder / "policy.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"policy.safetensors: expected the file policy.json was written with"):
+        PolicyCheckpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("cost"), r"tensor cost: expected \(4,\) torch.float32, got none"),
+        (
+            lambda s: s.update(cost=torch.ones(3)),
+            r"tensor cost: expected \(4,\) torch.float32, got \(3,\) torch.float32",
+        ),
+        (lambda s: s.update(cost=torch.ones(4).half()), r"tensor cost: expected \(4,\) torch.float32, got .*float16"),
+        (lambda s: s.update(cost=torch.full((4,), torch.nan)), "tensor cost: expected finite numbers, got NaN"),
+        (lambda s: s.update(extra=torch.ones(1)), "tensor extra: expected no such tensor, got one"),
+    ],
+)
+def test_a_wrong_tensor_is_named(folder: Path, change: Callable, message: str) -> None:
+    replace_tensors(folder, change)
+    with pytest.raises(ValueError, match=f"policy.safetensors: {message}"):
+        PolicyCheckpoint.load(folder)
+
+
+def test_check_accepts_what_it_was_fitted_to() -> None:
+    checkpoint().check(model="m-1", adapter="a-1", rungs=list(RUNGS), ladder="l-1")
+    checkpoint().check(model="m-1", adapter="a-1", rungs=RUNGS)
+    shared = checkpoint(fingerprints=PRINTS | {"shared": True})
+    shared.check(model="m-1", adapter="another", rungs=RUNGS, ladder="another")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "m-2"}, "model: expected fingerprint m-1, got m-2; load the base model the policy was fitted to"),
+        ({"adapter": "a-2"}, "adapter: expected fingerprint a-1, got a-2; load the adapter the policy was fitted to"),
+        ({"rungs": (2, 4)}, r"rungs: expected \(2, 4, 8, 16\), got \(2, 4\); build the ladder with the policy's rungs"),
+        ({"ladder": "l-2"}, "ladder: expected fingerprint l-1, got l-2; use the ladder the policy was fitted to"),
+    ],
+)
+def test_check_refuses_anything_else(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checkpoint().check(**({"model": "m-1", "adapter": "a-1", "rungs": RUNGS} | changes))
+
+
+def test_budget_goes_through_the_curve() -> None:
+    learned = checkpoint()
+    cheap, dear = learned.policy.knob_range()
+    assert learned.knob_for(0.55) == pytest.approx((cheap + dear) / 2)
+    assert learned.knob_for() == learned.knob_for(0.4)
+    assert learned.knob_for(0) == cheap
+    narrow = checkpoint(curve=KnobCurve((0.2, 0.9), (cheap, 0.0)))
+    assert narrow.knob_for(1.0) == dear, "the full budget is the top rung, whatever was calibrated"
+
+
+@pytest.mark.parametrize(("budget", "rung"), [(0, 0), (0.125, 0), (0.2499, 0), (0.25, 1), (0.99, 2), (1.0, 3)])
+def test_fixed_takes_the_dearest_rung_within_the_budget(budget: float, rung: int) -> None:
+    assert checkpoint("fixed", curve=None).knob_for(budget) == rung
+
+
+def test_fixed_reaches_a_cost_that_float32_rounded_up() -> None:
+    cost = (torch.tensor([8, 24, 48, 96]) / 96).tolist()
+    fixed = checkpoint("fixed", curve=None, cost=cost)
+    assert [fixed.knob_for(rank / 96) for rank in (8, 24, 48, 96)] == [0, 1, 2, 3]
+
+
+def test_latency_becomes_a_budget() -> None:
+    fixed = checkpoint("fixed", curve=None)
+    # Costs are shares of bytes here, so a rung's latency must come back as that rung, not as its share of time.
+    assert [fixed.knob_for(latency_budget_ms=ms) for ms in (10.5, 11.0, 13.0, 14.0)] == [0, 1, 2, 3]
+    timed = checkpoint(cost=TABLE.cost())
+    assert timed.knob_for(latency_budget_ms=12.0) == timed.knob_for(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, {"budget": 0.5, "latency_budget_ms": 12.0}, "expected budget or latency_budget_ms, got budget=0.5 and"),
+        (
+            {"latency": None},
+            {"latency_budget_ms": 12.0},
+            "expected a policy with a latency table, got none; use budget",
+        ),
+        ({}, {"latency_budget_ms": 99.0}, "expected 10.500 to 14.000 ms, the reachable range on NVIDIA H200, got 99.0"),
+        ({}, {"budget": -0.1}, r"budget: expected a share of the full adapter's cost in \[0, 1\], got -0.1"),
+        ({}, {"budget": float("nan")}, r"budget: expected a share of the full adapter's cost in \[0, 1\], got nan"),
+        (
+            {"latency": dataclasses.replace(TABLE, spread_ms=2.0)},
+            {"latency_budget_ms": 12.0},
+            "expected rungs that differ by more than noise on NVIDIA H200",
+        ),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(changes: dict, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checkpoint(**changes).knob_for(**arguments)

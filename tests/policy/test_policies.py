@@ -1,0 +1,354 @@
+"""One contract over all policies, then what is particular to each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import Tensor
+
+from policy import (
+    DEFAULT_RUNGS,
+    SIGNALS,
+    ChunkSettings,
+    FixedPolicy,
+    LearnedPolicy,
+    OraclePolicy,
+    PercentilePolicy,
+    RandomPolicy,
+    RankPolicy,
+    Settings,
+    Summary,
+)
+from policy.random import uniform_hash
+
+SETTINGS = Settings(DEFAULT_RUNGS)
+RUNGS = len(DEFAULT_RUNGS)
+SCALES = torch.cat([torch.linspace(1.2, 1.05, RUNGS - 1), torch.ones(1)])
+ROWS, LENGTH = 64, 200
+KINDS = ("fixed", "percentile", "percentile-entropy", "learned", "learned-trained", "random", "oracle")
+
+
+def scrambled(policy: LearnedPolicy, seed: int = 0) -> LearnedPolicy:
+    """Weights far from initialisation, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.ndim:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.4)
+    return policy
+
+
+def build(kind: str) -> RankPolicy:
+    generator = torch.Generator().manual_seed(7)
+    if kind == "fixed":
+        return FixedPolicy(SETTINGS, SCALES)
+    if kind.startswith("percentile"):
+        values = torch.rand(1000, generator=generator) ** 2
+        signal = "entropy" if kind.endswith("entropy") else "complexity"
+        return PercentilePolicy.calibrate(values, SETTINGS, signal, SCALES, spread=2.5)
+    if kind == "random":
+        return RandomPolicy(SETTINGS, seed=3, scales=SCALES)
+    if kind == "oracle":
+        rung = torch.randint(RUNGS, (ROWS, LENGTH), generator=generator)
+        return OraclePolicy(SETTINGS, rung, torch.where(rung == RUNGS - 1, 1.0, 1.1))
+    torch.manual_seed(0)
+    policy = LearnedPolicy(SETTINGS)
+    return scrambled(policy) if kind == "learned-trained" else policy
+
+
+def summary(rows: int, seed: int = 0) -> Summary:
+    generator = torch.Generator().manual_seed(seed)
+    return Summary(
+        stats=torch.rand(rows, len(SIGNALS), 3, generator=generator),
+        valid=torch.rand(rows, len(SIGNALS), generator=generator) < 0.8,
+        first=torch.rand(rows, 2, generator=generator),
+        position=torch.randint(LENGTH, (rows,), generator=generator),
+    )
+
+
+def rows_of(whole: Summary, rows: Tensor | slice) -> Summary:
+    return Summary(whole.stats[rows], whole.valid[rows], whole.first[rows], whole.position[rows])
+
+
+def middle(policy: RankPolicy, rows: int) -> Tensor:
+    cheap, dear = policy.knob_range()
+    return torch.full((rows,), (cheap + dear) / 2)
+
+
+@pytest.fixture(params=KINDS)
+def policy(request: pytest.FixtureRequest) -> RankPolicy:
+    return build(request.param)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63])
+def test_a_decision_has_one_rung_and_one_scale_per_row(policy: RankPolicy, rows: int) -> None:
+    cheap, dear = policy.knob_range()
+    for knob in np.linspace(cheap, dear, 7):
+        decision = policy.decide(summary(rows), torch.full((rows,), float(knob)))
+        assert decision.rung.shape == decision.scale.shape == (rows,)
+        assert decision.rung.dtype == torch.long
+        assert decision.scale.dtype == torch.float32
+        assert not decision.scale.requires_grad
+        assert 0 <= int(decision.rung.min()) <= int(decision.rung.max()) < RUNGS
+        assert bool((decision.scale > 0).all())
+        assert bool((decision.scale[decision.rung == RUNGS - 1] == 1).all())
+
+
+def test_the_same_question_has_the_same_answer(policy: RankPolicy) -> None:
+    knob = middle(policy, 32)
+    first, second = policy.decide(summary(32), knob), policy.decide(summary(32), knob)
+    assert torch.equal(first.rung, second.rung)
+    assert torch.equal(first.scale, second.scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rows=st.integers(2, 16), kept=st.integers(0, 15), seed=st.integers(0, 999))
+@examples(max_examples=25, deadline=None, derandomize=True)
+def test_a_row_does_not_depend_on_the_others(kind: str, rows: int, kept: int, seed: int) -> None:
+    policy, kept = build(kind), kept % rows
+    one, other = summary(rows, seed), summary(rows, seed + 1000)
+    cheap, dear = policy.knob_range()
+    share = torch.rand(2, rows, generator=torch.Generator().manual_seed(seed))
+    knobs = cheap + (dear - cheap) * share
+    for name in ("stats", "valid", "first", "position"):
+        getattr(other, name)[kept] = getattr(one, name)[kept]
+    knobs[1, kept] = knobs[0, kept]
+    # What an unused row of a padded batch may hold.
+    other.stats[(kept + 1) % rows] = float("nan")
+    first, second = policy.decide(one, knobs[0]), policy.decide(other, knobs[1])
+    assert first.rung[kept] == second.rung[kept]
+    assert first.scale[kept] == second.scale[kept]
+
+
+def test_a_shorter_batch_gets_the_decisions_of_its_rows(policy: RankPolicy) -> None:
+    whole, knob = summary(ROWS), middle(policy, ROWS)
+    decision, part = policy.decide(whole, knob), policy.decide(rows_of(whole, slice(0, 5)), knob[:5])
+    assert torch.equal(decision.rung[:5], part.rung)
+    # A matrix product may round differently for another number of rows.
+    torch.testing.assert_close(decision.scale[:5], part.scale, rtol=1e-6, atol=1e-6)
+
+
+def test_unknown_signals_are_not_seen(policy: RankPolicy) -> None:
+    whole, knob = summary(32), middle(policy, 32)
+    hidden = dataclasses.replace(whole, stats=whole.stats.masked_fill(~whole.valid[..., None], float("nan")))
+    first, second = policy.decide(whole, knob), policy.decide(hidden, knob)
+    assert torch.equal(first.rung, second.rung)
+    assert torch.equal(first.scale, second.scale)
+
+
+def test_nothing_known_and_nothing_finite_still_gives_a_rung(policy: RankPolicy) -> None:
+    whole = summary(8)
+    blank = Summary(
+        torch.full_like(whole.stats, float("nan")), torch.zeros_like(whole.valid), whole.first, whole.position
+    )
+    for knob in (middle(policy, 8), torch.full((8,), float("nan"))):
+        rung = policy.decide(blank, knob).rung
+        assert 0 <= int(rung.min()) <= int(rung.max()) < RUNGS
+
+
+def test_deciding_never_reads_a_value_back(policy: RankPolicy) -> None:
+    # Tensors on the meta device have no values, so whatever would synchronise raises.
+    whole = summary(4)
+    empty = Summary(*(getattr(whole, field.name).to("meta") for field in dataclasses.fields(Summary)))
+    decision = policy.to("meta").decide(empty, torch.zeros(4, device="meta"))
+    assert decision.rung.shape == decision.scale.shape == (4,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_dtype_of_signals_and_weights(policy: RankPolicy, dtype: torch.dtype) -> None:
+    whole = summary(16)
+    cast = dataclasses.replace(whole, stats=whole.stats.to(dtype), first=whole.first.to(dtype))
+    for candidate in (policy, policy.to(dtype)):
+        decision = candidate.decide(cast, middle(policy, 16))
+        assert decision.scale.dtype == torch.float32
+        assert 0 <= int(decision.rung.min()) <= int(decision.rung.max()) < RUNGS
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "oracle"])
+@given(seed=st.integers(0, 99))
+@examples(max_examples=20, deadline=None, derandomize=True)
+def test_a_dearer_knob_never_costs_less(kind: str, seed: int) -> None:
+    policy = build(kind)
+    if kind == "learned-trained":
+        assert isinstance(policy, LearnedPolicy)
+        scrambled(policy, seed)
+        # The guarantee holds while the damage does not depend on log lambda itself.
+        with torch.no_grad():
+            policy.trunk[0].weight[:, -1] = 0
+    cheap, dear = policy.knob_range()
+    whole, previous = summary(32, seed), torch.zeros(32, dtype=torch.long)
+    for knob in np.linspace(cheap, dear, 40):
+        rung = policy.decide(whole, torch.full((32,), float(knob))).rung
+        assert bool((rung >= previous).all())
+        previous = rung
+    assert bool((previous == RUNGS - 1).all()), "the dear end is the top rung for every chunk"
+
+
+@pytest.mark.parametrize("kind", ["fixed", "percentile", "random"])
+def test_the_cheap_end_is_the_lowest_rung(kind: str) -> None:
+    policy = build(kind)
+    decision = policy.decide(summary(64), torch.full((64,), policy.knob_range()[0]))
+    assert bool((decision.rung == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["fixed", "percentile", "random"])
+def test_each_rung_has_its_scale(kind: str) -> None:
+    policy = build(kind)
+    decision = policy.decide(summary(64), middle(policy, 64))
+    assert torch.equal(decision.scale, SCALES[decision.rung])
+
+
+@pytest.mark.parametrize(
+    ("knob", "rung"), [(-3.0, 0), (0.4, 0), (3.6, 4), (99.0, RUNGS - 1), (float("nan"), RUNGS - 1)]
+)
+def test_fixed_takes_the_nearest_rung(knob: float, rung: int) -> None:
+    assert FixedPolicy(SETTINGS).decide(summary(1), torch.tensor([knob])).rung.tolist() == [rung]
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (torch.ones(3), r"scales: expected shape \(10,\), one per rung, got \(3,\)"),
+        (torch.cat([torch.zeros(1), torch.ones(9)]), "scales: expected positive finite numbers"),
+        (torch.full((10,), 1.1), "scales: expected 1 at the top rung, which is exact, got 1.1"),
+    ],
+)
+def test_bad_scales_are_refused(scales: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FixedPolicy(SETTINGS, scales)
+
+
+def test_percentile_of_continuous_values_is_their_rank() -> None:
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 3
+    policy = PercentilePolicy.calibrate(values, SETTINGS, "entropy")
+    probe = torch.tensor([-1.0, 0.001, 0.1, 0.5, 2.0])
+    expected = torch.stack([(values < value).float().mean() for value in probe])
+    # Between two of 101 quantiles the distribution is taken as straight: at most one step of 0.01 off.
+    torch.testing.assert_close(policy.percentile(probe), expected, atol=0.01, rtol=0)
+
+
+def test_percentile_of_tied_values_is_the_middle_of_the_tie() -> None:
+    policy = PercentilePolicy.calibrate(torch.tensor([0.0] * 60 + [1.0] * 40), SETTINGS, "prior")
+    below, zero, one, above = policy.percentile(torch.tensor([-0.1, 0.0, 1.0, 1.1])).tolist()
+    assert (below, above) == (0, 1)
+    assert zero == pytest.approx(0.3, abs=0.01)
+    assert one == pytest.approx(0.8, abs=0.01)
+    constant = PercentilePolicy.calibrate(torch.full((9,), 0.25), SETTINGS, "prior")
+    assert constant.percentile(torch.tensor([0.25])).tolist() == [0.5]
+
+
+@given(values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40))
+@examples(max_examples=50, deadline=None, derandomize=True)
+def test_percentile_never_falls(values: list[float]) -> None:
+    policy = PercentilePolicy.calibrate(torch.tensor(values), SETTINGS, "entropy")
+    percentile = policy.percentile(torch.linspace(-0.1, 1.1, 200))
+    assert bool((percentile.diff() >= 0).all())
+    assert 0 <= float(percentile.min()) <= float(percentile.max()) <= 1
+
+
+def test_percentile_reads_its_signal_or_the_weighted_mean_of_the_known_ones() -> None:
+    settings = Settings(DEFAULT_RUNGS, chunk=ChunkSettings(weights=(1, 2, 3, 4)))
+    whole = summary(3)
+    whole.valid[:] = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
+    mean = whole.stats[..., 0]
+    value, known = PercentilePolicy(settings, "complexity").value(whole)
+    expected = torch.stack([(mean[0] * torch.tensor([1, 2, 3, 4])).sum() / 10, (mean[1, 0] + 3 * mean[1, 2]) / 4])
+    torch.testing.assert_close(value[:2], expected)
+    assert known.tolist() == [True, True, False]
+    value, known = PercentilePolicy(settings, "attention").value(whole)
+    assert torch.equal(value[:2], mean[:2, 2])
+    assert known.tolist() == [True, True, False]
+
+
+def test_percentile_leaves_the_knob_alone_where_nothing_is_known() -> None:
+    policy, whole = build("percentile"), summary(4)
+    whole.valid[:] = False
+    assert policy.decide(whole, torch.full((4,), 4.0)).rung.tolist() == [4] * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PercentilePolicy(SETTINGS, "luck"), "signal: expected one of entropy, .*complexity, got 'luck'"),
+        (lambda: PercentilePolicy(SETTINGS, "prior", spread=-1), "spread: expected a number of rungs of at least 0"),
+        (lambda: PercentilePolicy(SETTINGS, "prior", torch.ones(3)), "grid: expected 101 ascending finite numbers"),
+        (lambda: PercentilePolicy(SETTINGS, "prior", torch.linspace(1, 0, 101)), "grid: expected 101 ascending"),
+        (lambda: PercentilePolicy.calibrate(torch.ones(0), SETTINGS, "prior"), "values: expected at least one finite"),
+        (lambda: RandomPolicy(SETTINGS, 0, spread=float("nan")), "spread: expected a number of rungs of at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_hash_is_uniform_and_takes_every_argument() -> None:
+    row, position = (grid.flatten() for grid in torch.meshgrid(torch.arange(200), torch.arange(500), indexing="ij"))
+    draw = uniform_hash(11, row, position)
+    assert 0 <= float(draw.min()) <= float(draw.max()) < 1
+    counts = torch.histc(draw, bins=20, min=0, max=1)
+    # 100,000 draws in 20 bins of 5,000: chi-square of 19 degrees of freedom stays below 43.8 with p = 0.999.
+    assert float(((counts - 5000) ** 2 / 5000).sum()) < 43.8
+    table = torch.stack([draw, uniform_hash(12, row, position), draw.roll(1), draw.roll(500)])
+    # Correlations of n independent draws have a standard deviation of 1 / sqrt(n) = 0.0032.
+    assert float(torch.corrcoef(table).triu(1).abs().max()) < 0.016
+
+
+def test_random_covers_its_band_evenly() -> None:
+    policy = RandomPolicy(SETTINGS, seed=1, spread=1.5)
+    rung = policy.decide(summary(3000), torch.full((3000,), 5.0)).rung
+    assert rung.unique().tolist() == [4, 5, 6]
+    # Each has probability 1/3, hence a standard deviation of 0.0086.
+    assert ((rung == 5).float().mean() - 1 / 3).abs() < 0.043
+
+
+def test_oracle_replays_its_schedule_by_row_and_position() -> None:
+    rung = torch.tensor([[0, 1, 2], [3, 4, RUNGS - 1]])
+    scale = torch.tensor([[1.3, 1.2, 1.1], [1.1, 1.1, 1.0]])
+    policy = OraclePolicy(SETTINGS, rung, scale)
+    whole = dataclasses.replace(summary(2), position=torch.tensor([1, 70]))
+    decision = policy.decide(whole, torch.zeros(2))
+    assert decision.rung.tolist() == [1, RUNGS - 1]
+    assert torch.equal(decision.scale, torch.tensor([1.2, 1.0]))
+    with pytest.raises(ValueError, match="oracle: expected at most the 2 rows of its schedule, got 3"):
+        policy.decide(summary(3), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("rung", "scale", "message"),
+    [
+        (torch.zeros(2, 3).long(), torch.ones(2, 4), r"shape \[B, N\], got \(2, 3\) and \(2, 4\)"),
+        (torch.full((1, 1), RUNGS), torch.ones(1, 1), r"rung: expected indices in \[0, 9\], got 10 to 10"),
+        (torch.full((1, 1), RUNGS - 1), torch.full((1, 1), 1.1), "scale: expected 1 wherever the rung is the top one"),
+    ],
+)
+def test_a_bad_schedule_is_refused(rung: Tensor, scale: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OraclePolicy(SETTINGS, rung, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_captured_decision_replays_as_on_the_cpu(kind: str) -> None:
+    policy, whole, knob = build(kind), summary(16), middle(build(kind), 16)
+    expected = policy.decide(whole, knob)
+    on_gpu = Summary(*(getattr(whole, field.name).cuda() for field in dataclasses.fields(Summary)))
+    policy, knob = policy.cuda(), knob.cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        policy.decide(on_gpu, knob)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # A synchronisation inside a capture is an error.
+    with torch.cuda.graph(graph):
+        captured = policy.decide(on_gpu, knob)
+    graph.replay()
+    assert captured.rung.tolist() == expected.rung.tolist()
+    torch.testing.assert_close(captured.scale.cpu(), expected.scale, rtol=1e-5, atol=1e-5)
