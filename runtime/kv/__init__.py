@@ -1,0 +1,6 @@
+"""KV cache of 16-token pages, each in a format that fits how hard its text is; see `cache` for the flow of a pass."""
+
+from runtime.kv.cache import PagedCache
+from runtime.kv.formats import FORMATS
+
+__all__ = ["FORMATS", "PagedCache"]
