@@ -1,0 +1,144 @@
+"""Generate text with an adapter of which every stretch gets only as much as the policy says it needs.
+
+    from runtime import generate
+    out = generate("meta-llama/Llama-2-7b-hf", "path/to/adapter", ["..."], policy="path/to/policy", max_new_tokens=64)
+    print(out.texts[0])
+
+Everything of transformers' `model.generate` works as it does there: the loop, sampling, logits processors, stopping
+criteria and streamers are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from policy.checkpoint import PolicyCheckpoint
+
+from ..adapter import Adapter
+from ..adaptive import AdaptiveRun, adaptive
+from ..loading import load_model, load_tokenizer
+from ..stream import ChunkTrace
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out. `texts` are the completions alone, `sequences` prompt and completion as transformers returns them."""
+
+    texts: list[str]
+    sequences: Tensor
+    """[B, columns] long, left-padded prompts included."""
+    tokens: list[int]
+    """New tokens of every row, the end-of-sequence token included."""
+    mean_rank: float
+    """Byte-weighted mean active rank over the new tokens that went through the model."""
+    prompt_mean_rank: float
+    """The same over the prompt."""
+    kv_bytes: int
+    """Bytes of KV storage really held at the end."""
+    kv_bytes_full: int
+    """Bytes the same tokens take in the model's own dtype."""
+    trace: list[list[ChunkTrace]] | None
+    """Per row its chunks, when `return_trace=True`."""
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    adapter: str | Path | Adapter,
+    prompts: str | Sequence[str] | Tensor,
+    *,
+    policy: str | Path | PolicyCheckpoint | None = None,
+    budget: float | None = None,
+    latency_budget_ms: float | None = None,
+    rung: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "auto",
+    return_trace: bool = False,
+    **generation_kwargs: Any,
+) -> Generation:
+    """Complete `prompts` with `adapter` on `model` at the ranks that `policy` chooses.
+
+    `model` is a path, a hub id or a loaded model; `prompts` one text, several, or token ids [B, T] (then without a
+    mask every column is a token; pass `attention_mask` for padded ones). `budget` in [0, 1] is the mean adapter cost
+    relative to the top rung; 1.0, or no policy, is the full adapter with full-precision KV. `latency_budget_ms` works
+    where the policy has a latency table. `rung` serves one fixed rank. All else goes to transformers' `generate`.
+
+    Raises FileNotFoundError for a wrong path and ValueError, one line each, for input that does not fit together.
+    """
+    if tokenizer is None and not (isinstance(prompts, Tensor) and isinstance(model, PreTrainedModel)):
+        tokenizer = load_tokenizer(model.name_or_path if isinstance(model, PreTrainedModel) else model)
+    if not isinstance(model, PreTrainedModel):
+        model = load_model(model, dtype=dtype)
+    inputs = _inputs(prompts, tokenizer, generation_kwargs, model)
+    options = {"policy": policy, "budget": budget, "latency_budget_ms": latency_budget_ms, "rung": rung}
+    with adaptive(model, adapter, **options) as run:
+        output = model.generate(**inputs, **generation_kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        return _collect(run, model, tokenizer, inputs, sequences, return_trace)
+
+
+def _inputs(
+    prompts: str | Sequence[str] | Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_kwargs: dict[str, Any],
+    model: PreTrainedModel,
+) -> dict[str, Tensor]:
+    if isinstance(prompts, Tensor):
+        inputs = {"input_ids": prompts}
+        if generation_kwargs.get("attention_mask") is not None:
+            inputs["attention_mask"] = generation_kwargs.pop("attention_mask")
+        else:
+            inputs["attention_mask"] = prompts.new_ones(prompts.shape)
+    else:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or not all(texts):
+            raise ValueError(f"prompts: expected at least one text that is not empty, got {texts!r}; pass a prompt")
+        assert tokenizer is not None
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        if tokenizer.pad_token_id is not None:
+            generation_kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _collect(
+    run: AdaptiveRun,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    inputs: dict[str, Tensor],
+    sequences: Tensor,
+    return_trace: bool,
+) -> Generation:
+    cache = run.last
+    assert cache is not None
+    copies = sequences.shape[0] // inputs["input_ids"].shape[0]
+    new = sequences[:, inputs["input_ids"].shape[1] :]
+    tokens = _new_tokens(new, model)
+    prompts = inputs["attention_mask"].sum(1).repeat_interleave(copies).tolist()
+    # The last new token never went through the model.
+    lengths = [prompt + max(count - 1, 0) for prompt, count in zip(prompts, tokens, strict=True)]
+    mean_rank, prompt_mean_rank = run.mean_rank(lengths)
+    texts = [
+        tokenizer.decode(row[:count], skip_special_tokens=True) if tokenizer is not None else ""
+        for row, count in zip(new, tokens, strict=True)
+    ]
+    trace = [run.trace(row, length) for row, length in enumerate(lengths)] if return_trace else None
+    return Generation(
+        texts, sequences, tokens, mean_rank, prompt_mean_rank, cache.kv_bytes(), cache.kv_bytes_full(), trace
+    )
+
+
+def _new_tokens(new: Tensor, model: PreTrainedModel) -> list[int]:
+    """How many tokens of every row count: up to and with its first end-of-sequence token."""
+    stop = model.generation_config.eos_token_id
+    stops = set(stop if isinstance(stop, list) else [stop])
+    counts = []
+    for row in new.tolist():
+        ends = [i + 1 for i, token in enumerate(row) if token in stops]
+        counts.append(ends[0] if ends else len(row))
+    return counts

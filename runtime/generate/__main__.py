@@ -1,0 +1,100 @@
+"""`python -m runtime.generate`: stream a completion, then say what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from typing import Any
+
+from torch import Tensor
+from transformers import TextStreamer
+
+from runtime.command import one_line_errors
+from runtime.generate import generate
+from runtime.loading import DTYPES, load_tokenizer
+
+
+class TimedStreamer(TextStreamer):
+    """Prints text as it comes and remembers when every token came."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def ms_per_token(self) -> float | None:
+        """Mean milliseconds between new tokens, the prefill left out; None for fewer than two."""
+        new = self.times[1:]  # the first call brings the prompt
+        return 1000 * (new[-1] - new[0]) / (len(new) - 1) if len(new) > 1 else None
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m runtime.generate",
+        description="Complete a prompt with a LoRA adapter at the ranks a policy chooses.",
+    )
+    p.add_argument("--model", required=True, help="folder or hub id of the base model")
+    p.add_argument("--adapter", required=True, help="PEFT LoRA folder or hub id")
+    p.add_argument("--policy", help="policy folder; without one every token gets the full adapter")
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--budget", type=float, help="mean adapter cost relative to the top rung, 0 to 1 (1: full adapter)")
+    p.add_argument("--latency-budget-ms", type=float, help="milliseconds per token, where the policy has a table")
+    p.add_argument("--rung", type=int, help="serve one fixed rank (instead of a policy)")
+    p.add_argument("--dtype", choices=sorted(DTYPES), default="auto")
+    p.add_argument("--do-sample", action="store_true", help="sample instead of greedy decoding")
+    p.add_argument("--temperature", type=float, help="with --do-sample")
+    p.add_argument("--repetition-penalty", type=float)
+    p.add_argument("--seed", type=int, default=0, help="of sampling")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    from transformers import logging, set_seed
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with one_line_errors(), warnings.catch_warnings():
+        if args.max_new_tokens < 1:
+            raise ValueError(f"max-new-tokens: expected at least 1, got {args.max_new_tokens}; correct it")
+        set_seed(args.seed)
+        tokenizer = load_tokenizer(args.model)
+        streamer = TimedStreamer(tokenizer)
+        optional = {
+            "temperature": args.temperature if args.do_sample else None,
+            "repetition_penalty": args.repetition_penalty,
+        }
+        out = generate(
+            args.model, args.adapter, args.prompt, policy=args.policy, budget=args.budget,
+            latency_budget_ms=args.latency_budget_ms, rung=args.rung, tokenizer=tokenizer, dtype=args.dtype,
+            return_trace=args.json, streamer=streamer, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample,
+            **{name: value for name, value in optional.items() if value is not None},
+        )  # fmt: skip
+        if args.json:
+            sys.stdout.flush()
+            assert out.trace is not None
+            print(
+                json.dumps(
+                    {
+                        "text": out.texts[0],
+                        "tokens": out.tokens[0],
+                        "ms_per_token": streamer.ms_per_token(),
+                        "mean_rank": out.mean_rank,
+                        "kv_bytes": out.kv_bytes,
+                        "kv_bytes_full": out.kv_bytes_full,
+                        "chunks": [chunk.to_dict() for chunk in out.trace[0]],
+                    }
+                )
+            )
+
+
+if __name__ == "__main__":
+    main()
