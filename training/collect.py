@@ -1,0 +1,46 @@
+"""Collect targets through Lightning's predict loop: any number of devices and nodes, shard by shard, resumable.
+
+Each process takes its share of the missing shards and writes each of them whole, so killing any process loses at most
+the shard it was working on, and a later run with another world size goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .shards import ShardStore
+
+Collect = Callable[[int], dict[str, Tensor]]
+
+
+class _Collector(L.LightningModule):
+    """Makes and stores one shard per step; the model is a member so that Lightning puts it on the device."""
+
+    def __init__(self, store: ShardStore, collect: Collect, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.store, self.collect, self.model = store, collect, model
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> int:
+        self.store.write(int(batch), self.collect(int(batch)))
+        return int(batch)
+
+
+def collect_shards(
+    store: ShardStore, collect: Collect, model: torch.nn.Module, make_trainer: Callable[..., L.Trainer]
+) -> int:
+    """Make every missing shard by `collect(index)` and return how many were missing.
+
+    `make_trainer(logger=False)` builds the trainer whose devices share the work.
+    """
+    missing = store.missing()
+    if missing:
+        trainer = make_trainer(logger=False, inference_mode=True)
+        shards = DataLoader(missing, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
+        trainer.predict(_Collector(store, collect, model), shards, return_predictions=False)
+        trainer.strategy.barrier("shards")
+    return len(missing)

@@ -1,0 +1,225 @@
+"""Compare the learned policy with every baseline, by rules that favour none of them.
+
+Every policy's knob is set on validation documents and measured once on test documents, aimed at the mean rank of every
+fixed rung. The first block runs at that fixed rung too, so no prompt runs above the baseline's. The verdict is read at
+the fixed rungs 8, 16 and 24 themselves (of those there are): there a policy's KL is interpolated linearly between its
+own measured points, which for a convex curve can only overstate it, and the fixed rung's KL is as measured.
+
+    headroom = KL(fixed) - KL(oracle),   captured = (KL(fixed) - KL(learned)) / headroom,   summed over those rungs
+
+with a 95 % interval from resampling test documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import auc
+
+from policy.contract import RankPolicy
+from policy.curve import KnobCurve
+from policy.fixed import FixedPolicy
+from policy.settings import Settings
+
+from .bench import Bench
+from .calibrate import calibrate_knob, knob_grid, mean_costs
+from .measure import Scores
+
+VERDICT_RANKS = (8, 16, 24)
+KNOB_POINTS = 6
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured operating point."""
+
+    knob: float | None
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A policy's measured points, cheapest first, and the calibration of its knob (None without a knob)."""
+
+    name: str
+    points: tuple[Point, ...]
+    knob_curve: KnobCurve | None = None
+
+    def at(self, rank: float, rung_rank: np.ndarray, documents: np.ndarray | None = None) -> float:
+        """KL at a mean rank: linear between measured points and the exact top rung; nan below the cheapest point.
+
+        `documents` [D] counts how often each document is drawn (default: each once).
+        """
+        pairs = [_rank_and_kl(point.scores, rung_rank, documents) for point in self.points]
+        ranks, kls = zip(*sorted([*pairs, (float(rung_rank[-1]), 0.0)]), strict=True)
+        return float(np.interp(rank, ranks, kls, left=np.nan))
+
+
+def _rank_and_kl(scores: Scores, rung_rank: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
+    draws = np.ones_like(scores.tokens) if documents is None else documents
+    tokens = draws @ scores.tokens
+    return float(draws @ (scores.rungs @ rung_rank) / tokens), float(draws @ scores.kl / tokens)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison says. Numbers are nan-free: where a curve does not reach a rung, the rung is left out."""
+
+    ranks: tuple[int, ...]
+    """The fixed rungs compared at."""
+    kl: dict[str, list[float]]
+    """KL of each policy at those mean ranks."""
+    headroom: float
+    """Mean over them of KL(fixed) - KL(oracle), nats per completion token."""
+    captured: float
+    """Share of the headroom the learned policy captures; 0 where there is no headroom."""
+    captured_interval: tuple[float, float]
+    gain_interval: tuple[float, float]
+    """95 % interval of the mean of KL(fixed) - KL(learned), nats."""
+    exported: str
+    """`learned` when it beats the fixed rungs beyond chance and percentile at no rung does better, else `fixed`."""
+    reason: str = field(default="")
+
+
+def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench) -> Curve:
+    """Every rung but the top, which is exact."""
+    points = []
+    for rung in range(len(settings.rungs) - 1):
+        scores = test.measure(policy, replace(settings, start_rung=rung), float(rung))
+        points.append(Point(float(rung), scores))
+    return Curve("fixed", tuple(points))
+
+
+def policy_curve(
+    name: str,
+    policy: RankPolicy,
+    settings: Settings,
+    validation: Bench,
+    test: Bench,
+    cost: np.ndarray,
+    targets: Sequence[int],
+) -> Curve:
+    """Calibrate the knob on validation, then measure on test at the cost of every rung index in `targets`."""
+    # Each knob of the sweep starts where a run of its cost would: evenly over the rungs, cheap to dear.
+    knobs = knob_grid(policy, KNOB_POINTS)
+    starts = np.linspace(0, len(settings.rungs) - 1, KNOB_POINTS).round().astype(int)
+    at = dict(zip(knobs, starts.tolist(), strict=True))
+    costs = mean_costs(lambda k: validation.measure(policy, replace(settings, start_rung=at[k]), k).rungs, knobs, cost)
+    curve = calibrate_knob(knobs, costs)
+    points = []
+    for rung in targets:
+        knob = curve.knob(float(cost[rung]))
+        points.append(Point(knob, test.measure(policy, replace(settings, start_rung=rung), knob)))
+    return Curve(name, tuple(points), curve)
+
+
+def oracle_curve(settings: Settings, test: Bench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:
+    """The oracle at the mean rank of every rung index in `targets`."""
+    points = []
+    for rung in targets:
+        scores = test.measure_oracle(replace(settings, start_rung=rung), float(rung_rank[rung]))
+        points.append(Point(None, scores))
+    return Curve("oracle", tuple(points))
+
+
+def judge(
+    curves: dict[str, Curve], rungs: Sequence[int], rung_rank: np.ndarray, *, resamples: int, seed: int
+) -> Verdict:
+    """Judge `curves` (fixed, percentile, learned, random, oracle). See the module's docstring."""
+    wanted = [rung for rung in VERDICT_RANKS if rung in rungs[:-1]] or list(rungs[len(rungs) // 2 - 1 : -1][:1])
+    columns = {rung: rungs.index(rung) for rung in wanted}
+    kl = {name: [_at(curve, columns[r], rung_rank) for r in wanted] for name, curve in curves.items()}
+    reached = [i for i in range(len(wanted)) if not any(np.isnan(values[i]) for values in kl.values())]
+    ranks = tuple(wanted[i] for i in reached)
+    kl = {name: [values[i] for i in reached] for name, values in kl.items()}
+    if not ranks:
+        return Verdict((), kl, 0.0, 0.0, (0.0, 0.0), (0.0, 0.0), "fixed", "no policy's curve reaches a fixed rung")
+    indices = [columns[rank] for rank in ranks]
+    gain, headroom = _gain_and_headroom(curves, indices, rung_rank, None)
+    draws = [_gain_and_headroom(curves, indices, rung_rank, d) for d in _resamples(curves, resamples, seed)]
+    gains, rooms = (np.array(column) for column in zip(*draws, strict=True))
+    captured = _share(gain, headroom)
+    shares = np.array([_share(g, h) for g, h in zip(gains, rooms, strict=True)])
+    interval = _interval(shares)
+    gain_interval = _interval(gains)
+    beats_fixed = gain_interval[0] > 0
+    worse = [r for r, mine, other in zip(ranks, kl["learned"], kl["percentile"], strict=True) if mine > other]
+    if not beats_fixed:
+        reason = f"gain over the fixed rungs is within chance: [{gain_interval[0]:.5f}, {gain_interval[1]:.5f}] nats"
+    elif worse:
+        reason = f"percentile thresholds do better at mean rank {', '.join(map(str, worse))}"
+    else:
+        reason = "beats the fixed rungs beyond chance and percentile thresholds everywhere"
+    exported = "learned" if beats_fixed and not worse else "fixed"
+    return Verdict(ranks, kl, headroom, captured, interval, gain_interval, exported, reason)
+
+
+def _at(curve: Curve, index: int, rung_rank: np.ndarray, draws: np.ndarray | None = None) -> float:
+    if curve.name == "fixed":  # as measured, never interpolated
+        return _rank_and_kl(curve.points[index].scores, rung_rank, draws)[1]
+    return curve.at(float(rung_rank[index]), rung_rank, draws)
+
+
+def _gain_and_headroom(
+    curves: dict[str, Curve], indices: Sequence[int], rung_rank: np.ndarray, draws: np.ndarray | None
+) -> tuple[float, float]:
+    fixed, learned, oracle = (
+        np.array([_at(curves[name], index, rung_rank, draws) for index in indices])
+        for name in ("fixed", "learned", "oracle")
+    )
+    return float(np.nanmean(fixed - learned)), float(np.nanmean(fixed - oracle))
+
+
+def _share(gain: float, headroom: float) -> float:
+    return gain / headroom if headroom > 0 else 0.0
+
+
+def _resamples(curves: dict[str, Curve], count: int, seed: int) -> Iterator[np.ndarray]:
+    documents = len(curves["fixed"].points[0].scores.tokens)
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        yield np.bincount(generator.integers(documents, size=documents), minlength=documents).astype(float)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def areas(curves: dict[str, Curve], rung_rank: np.ndarray) -> dict[str, float]:
+    """Area under KL over mean rank, on the range of ranks that all curves cover (scikit-learn's trapezoids)."""
+    ranks = {
+        name: [p.scores.mean_rank(rung_rank) for p in curve.points] + [float(rung_rank[-1])]
+        for name, curve in curves.items()
+    }
+    low = max(min(values) for values in ranks.values())
+    grid = np.linspace(low, float(rung_rank[-1]), 101)
+    return {name: float(auc(grid, [curve.at(r, rung_rank) for r in grid])) for name, curve in curves.items()}
+
+
+def table(curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    """The curves as plain numbers: per point its knob, mean rank, KL, prompt's mean rank, perplexity, latency.
+
+    `latency_ms` is the measured decode time of every rung, averaged over the rungs that were active.
+    """
+    knob_name = {"fixed": "rung", "learned": "log_lambda", "percentile": "centre", "random": "centre"}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, curve in curves.items():
+        rows[name] = []
+        for point in curve.points:
+            scores = point.scores
+            row: dict[str, Any] = {} if point.knob is None else {knob_name[name]: point.knob}
+            row |= {
+                "mean_rank": scores.mean_rank(rung_rank),
+                "kl": scores.mean_kl(),
+                "latency_ms": float((scores.rungs @ rung_ms).sum() / scores.tokens.sum()),
+                "prompt_mean_rank": scores.mean_prompt_rank(),
+                "perplexity": float(np.exp(scores.nll.sum() / scores.tokens.sum())),
+            }
+            rows[name].append(row)
+    return rows

@@ -1,0 +1,52 @@
+"""Milliseconds of one decode step at every rung, on the device at hand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policy.cost import LatencyTable
+from runtime.adaptive import AdaptiveCache, AdaptiveRun, activate
+from runtime.ladder import Ladder
+from runtime.plan import static_plan
+
+
+def device_name(device: torch.device) -> str:
+    """What the milliseconds were measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+@torch.no_grad()
+def measure_latency(model: PreTrainedModel, ladder: Ladder, *, context_tokens: int = 64, steps: int = 24) -> LatencyTable:
+    """Median decode step at batch 1 for every rung and for no adapter; the spread is the largest interquartile range.
+
+    This is the reference path, launches and controller included: at batch 1 the rungs hardly differ, and the table says
+    so (`resolved`) instead of pretending.
+    """
+    rungs = ladder.rungs
+    if 0 not in ladder.rungs:  # the base model alone, through the same code
+        none = torch.zeros_like(ladder.rank_table[:1])
+        ladder = replace(ladder, rungs=(0, *ladder.rungs), rank_table=torch.cat([none, ladder.rank_table]))
+    tokens = (torch.arange(context_tokens, device=model.device) % model.config.vocab_size)[None]
+    ms, spreads = {}, []
+    for rung in ladder.rungs:
+        with activate(model, static_plan(ladder, rung)) as run:
+            cache = run.new_cache(1)
+            run.forward(tokens, past_key_values=cache, logits_to_keep=1)
+            times = [_step_ms(run, cache, tokens[:, -1:]) for _ in range(steps)][steps // 4 :]
+        ms[rung] = statistics.median(times)
+        quartiles = statistics.quantiles(times, n=4)
+        spreads.append(quartiles[2] - quartiles[0])
+    return LatencyTable(device_name(model.device), tuple(ms[r] for r in rungs), ms[0], max(spreads))
+
+
+def _step_ms(run: AdaptiveRun, cache: AdaptiveCache, token: Tensor) -> float:
+    start = time.perf_counter()
+    # Reading one number waits for the device, so that the clock sees the whole step.
+    run.forward(token, past_key_values=cache).logits[0, 0, 0].item()
+    return 1000 * (time.perf_counter() - start)

@@ -1,0 +1,135 @@
+"""Run a policy on held-out documents, for real, and add up what it cost and what it lost.
+
+No table of uniform runs stands in for a mixed run here: every number comes from logits of the model while the policy
+moved between rungs. Per document, so that a bootstrap can resample documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policy.contract import RankPolicy
+from policy.oracle import OraclePolicy
+from policy.settings import FULL_KV, Settings
+from runtime.adaptive import activate
+from runtime.ladder import Ladder
+from runtime.plan import RunPlan, static_plan
+
+from .documents import Batch, Example, batches
+from .oracle import oracle_rungs
+from .targets import token_kl
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums per document, [D] each unless said otherwise."""
+
+    kl: np.ndarray
+    """Nats over scored tokens."""
+    tokens: np.ndarray
+    """Scored tokens."""
+    rungs: np.ndarray
+    """[D, J] scored tokens whose active rung was j."""
+    prompt_rank: np.ndarray
+    """Byte-weighted active rank over prompt tokens."""
+    prompt_tokens: np.ndarray
+    nll: np.ndarray
+    """Negative log-likelihood of the completion, nats."""
+
+    def mean_rank(self, rung_rank: np.ndarray) -> float:
+        return float((self.rungs @ rung_rank).sum() / self.tokens.sum())
+
+    def mean_kl(self) -> float:
+        return float(self.kl.sum() / self.tokens.sum())
+
+    def mean_prompt_rank(self) -> float | None:
+        total = self.prompt_tokens.sum()
+        return float(self.prompt_rank.sum() / total) if total else None
+
+
+Policies = Callable[[Sequence[int]], RankPolicy]
+"""The policy for a batch of these documents; only an oracle's differs from batch to batch."""
+
+
+class HeldOut:
+    """Documents with their full-rank log-probabilities computed once per batch, against which policies are measured."""
+
+    def __init__(self, model: PreTrainedModel, ladder: Ladder, examples: Sequence[Example], rows: int = 24) -> None:
+        self.model, self.ladder, self.examples = model, ladder, examples
+        self.batches = [(index, batch.to(model.device)) for index, batch in batches(examples, rows)]
+        self._rung_rank = ladder.mean_rank()
+        self._full: list[Tensor] = []
+
+    def _full_log_p(self, number: int) -> Tensor:
+        if number == len(self._full):
+            batch = self.batches[number][1]
+            with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
+                logits = run.forward(batch.tokens, attention_mask=batch.real.long()).logits
+            self._full.append(logits.float().log_softmax(-1))
+        return self._full[number]
+
+    @torch.no_grad()
+    def measure(self, policy: RankPolicy | Policies, settings: Settings, knob: float) -> Scores:
+        """Scores of one policy at one knob, KV in full precision so that rank alone is judged."""
+        docs, rungs = len(self.examples), len(self.ladder.rungs)
+        columns = {name: np.zeros(docs) for name in ("kl", "tokens", "prompt_rank", "prompt_tokens", "nll")}
+        shares = np.zeros((docs, rungs))
+        settings = replace(settings, kv=FULL_KV)
+        for number, (index, batch) in enumerate(self.batches):
+            chosen = policy if isinstance(policy, RankPolicy) else policy(index)
+            plan = RunPlan(self.ladder, chosen, settings, knob)
+            with activate(self.model, plan) as run:
+                cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
+                logits = run.forward(batch.tokens, attention_mask=batch.real.long(), past_key_values=cache).logits
+            active = cache.stream.record()["active"]
+            found = self._sums(self._full_log_p(number), logits, batch, active)
+            for name, column in columns.items():
+                column[index] = found[name].cpu().numpy()
+            one_hot = torch.nn.functional.one_hot(active, rungs) * batch.scored[..., None]
+            shares[index] = one_hot.sum(1).cpu().numpy()
+        return Scores(rungs=shares, **columns)
+
+    def _sums(self, full: Tensor, logits: Tensor, batch: Batch, active: Tensor) -> dict[str, Tensor]:
+        rank = self._rung_rank.to(active.device)[active]
+        steps = torch.arange(batch.tokens.shape[1], device=active.device)
+        prompt = batch.real & (steps < batch.prompt_tokens[:, None])
+        following = batch.tokens.roll(-1, 1)
+        nll = -logits.float().log_softmax(-1).gather(2, following[..., None])[..., 0]
+        return {
+            "kl": (token_kl(full, logits) * batch.scored).sum(1),
+            "tokens": batch.scored.sum(1),
+            "prompt_rank": (rank * prompt).sum(1),
+            "prompt_tokens": prompt.sum(1),
+            "nll": (nll * batch.scored).sum(1),
+        }
+
+    def with_tables(self, tables: Sequence[Tensor], scales: Tensor, window: int) -> HeldOut:
+        """Give the documents their damage tables [T, J, 1] at the rungs' `scales` [J], which the oracle needs."""
+        self._tables, self._scales, self._window = list(tables), scales, window
+        return self
+
+    def measure_oracle(self, settings: Settings, mean_rank: float) -> Scores:
+        """Scores of the policy that knows the damage ahead: at any position, that of the next `window` tokens."""
+        ahead = [_window_mean(table[..., 0], self._window) for table in self._tables]
+        lengths = [len(a) for a in ahead]
+        rungs = oracle_rungs(torch.cat(ahead), torch.ones(sum(lengths)), self._rung_rank, mean_rank).split(lengths)
+
+        def schedule(index: Sequence[int]) -> OraclePolicy:
+            rung = torch.nn.utils.rnn.pad_sequence([rungs[i] for i in index], batch_first=True)
+            return OraclePolicy(settings, rung, self._scales[rung])
+
+        return self.measure(schedule, settings, 0.0)
+
+
+def _window_mean(values: Tensor, window: int) -> Tensor:
+    """Mean of each position and the window - 1 behind it, shorter at the end: [T, J] -> [T, J]."""
+    total = torch.cat([torch.zeros(1, values.shape[1], dtype=torch.float64), values.double().cumsum(0)])
+    start = torch.arange(len(values))
+    end = (start + window).clamp(max=len(values))
+    return ((total[end] - total[start]) / (end - start)[:, None]).float()

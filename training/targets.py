@@ -1,0 +1,103 @@
+"""What a rung costs in quality: KL of every rung and scale against the full rank, token by token.
+
+Two measurements per document, each one pass over real text on the real model:
+
+    damage_table   every rung and scale as a row of one batch, uniform over the document      [T, J, G]
+    trajectory     the run under some policy: where chunks opened and what the policy saw     [C], [C, 18]
+
+plus, on a random sample of chunks, `later_damage`: one chunk at a rung, everything else at full rank, and the KL of the
+tokens behind it, which is damage that reaches them through the KV cache alone.
+
+Shape legend: T tokens of a document, C its chunks, J rungs, G scales, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from policy.contract import Summary
+from runtime.adaptive import AdaptiveRun
+
+from .documents import Batch, Example
+
+
+def token_kl(full_log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(full || this) in nats, [..., V] log-probabilities and logits -> [...] float32, never below 0."""
+    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), full_log_p, reduction="none", log_target=True).sum(
+        -1
+    ).clamp_(min=0.0)
+
+
+@torch.no_grad()
+def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) -> list[Tensor]:
+    """[T, J, G] float32 KL at every token of each document, from runs uniform at every rung and scale [J, G]."""
+    rungs, grid = scales.shape
+    # The top rung is exact: its KL is 0 at scale 1, so it runs once, as the reference in row 0.
+    weights = torch.zeros(1 + (rungs - 1) * grid, rungs)
+    weights[0, -1] = 1.0
+    weights[1:, :-1] = (torch.eye(rungs - 1)[:, None] * scales[:-1, :, None]).flatten(0, 1)
+    weights = weights.to(run.model.device)
+    tables = []
+    for example in examples:
+        tokens = torch.tensor(example["input_ids"], device=run.model.device).expand(len(weights), -1)
+        length = tokens.shape[1]
+        logits = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights[:, None].expand(-1, length, -1))
+        kl = token_kl(logits[0].float().log_softmax(-1), logits[1:])
+        table = torch.zeros(length, rungs, grid)
+        table[:, :-1] = kl.view(rungs - 1, grid, length).permute(2, 0, 1).cpu()
+        tables.append(table)
+    return tables
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Where one document's chunks opened and what their decisions saw."""
+
+    starts: Tensor
+    """[C] long"""
+    features: Tensor
+    """[C, 18] float32, `Summary.features()`"""
+    complexity: Tensor
+    """[T] float32"""
+
+
+@torch.no_grad()
+def trajectories(run: AdaptiveRun, batch: Batch, knob: float | Tensor) -> list[Trajectory]:
+    """Run a batch under the run's own policy at `knob` (one number, or [B]) and read off what it decided on."""
+    batch = batch.to(run.model.device)
+    cache = run.new_cache(batch.tokens.shape[0], prompt_tokens=batch.prompt_tokens, knob=knob)
+    run.forward(batch.tokens, attention_mask=batch.real.long(), past_key_values=cache, logits_to_keep=1)
+    record = {name: value.cpu() for name, value in cache.stream.record().items()}
+    complexity = cache.stream.complexity.cpu()
+    found = []
+    for row in range(batch.tokens.shape[0]):
+        opened = (record["opens"][row] & record["real"][row]).nonzero()[:, 0]
+        seen = (record[name][row, opened] for name in ("held", "held_valid", "first", "positions"))
+        length = int(batch.real[row].sum())
+        features = Summary(*seen).features()
+        found.append(Trajectory(record["positions"][row, opened], features, complexity[row, :length]))
+    return found
+
+
+@torch.no_grad()
+def later_damage(
+    run: AdaptiveRun, example: Example, start: int, end: int, horizon: int
+) -> tuple[Tensor, Tensor]:
+    """(immediate, later) KL sums [J] of one chunk [start, end) at every rung, all other tokens at full rank.
+
+    Immediate is over the chunk's own tokens, later over the `horizon` tokens behind it. Every rung is a row of one
+    pass; the prefix is the same in all of them.
+    """
+    rungs = len(run.plan.ladder.rungs)
+    stop = min(len(example["input_ids"]), end + horizon)
+    tokens = torch.tensor(example["input_ids"][:stop], device=run.model.device).expand(rungs, -1)
+    weights = torch.zeros(rungs, stop, rungs, device=run.model.device)
+    weights[:, :, -1] = 1.0
+    weights[:, start:end] = torch.eye(rungs, device=run.model.device)[:, None]
+    logits = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights)
+    kl = token_kl(logits[-1].float().log_softmax(-1), logits).cpu()
+    return kl[:, start:end].sum(1), kl[:, end:].sum(1)
