@@ -1,8 +1,8 @@
 """Read a PEFT LoRA folder: `adapter_config.json` + `adapter_model.safetensors`.
 
-The first step of every request's set-up: files in, plain tensors out, nothing of the model touched yet. Every key of the
-configuration is either used, known to matter in training only, or refused by name; silence about a feature that changes
-the numbers is the failure this module exists to prevent.
+The first step of every request's set-up: files in, plain tensors out, nothing of the model touched yet. Every key of
+the configuration is either used, known to matter in training only, or refused by name; silence about a feature that
+changes the numbers is the failure this module exists to prevent.
 """
 
 from __future__ import annotations

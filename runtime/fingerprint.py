@@ -1,14 +1,14 @@
 """Short identities of a model and an adapter, so that a policy is used only with what it was made for.
 
-A fingerprint is the architecture, the names and shapes of the tensors and a sample of their values, not a hash of 13 GB.
-Samples are rounded to bf16 first: the same checkpoint loaded in bf16, fp16-free fp32 or on a GPU has one identity.
+A fingerprint is the architecture, the names and shapes of the tensors and a sample of their values, not a hash of
+13 GB. Samples are rounded to bf16 first: one checkpoint loaded in bf16 or fp32, on any device, has one identity.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def adapter_fingerprint(adapter: Adapter) -> str:
     return _digest(config, halves)
 
 
-def _digest(config: dict[str, object], tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(config: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)

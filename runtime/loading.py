@@ -33,7 +33,8 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: torch.device | 
         raise ValueError(f"model: expected whole files in {name}, got {_first_line(error)}; copy it again") from None
     except OSError as error:
         raise FileNotFoundError(f"model: expected a model at {str(name)!r}, got {_first_line(error)}") from None
-    return model.to(device or default_device()).eval()
+    torch.nn.Module.to(model, device or default_device())
+    return model.eval()
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

@@ -24,7 +24,8 @@ from policy.settings import SIGNALS, ChunkSettings, Settings
 # Slices of the signal axis: views, where index lists would copy an index to the device at every token.
 MODEL_OUTPUT = slice(0, None, 2)
 TOKEN_ONLY = slice(1, None, 2)
-assert SIGNALS[MODEL_OUTPUT] == ("entropy", "attention") and SIGNALS[TOKEN_ONLY] == ("novelty", "prior")
+assert SIGNALS[MODEL_OUTPUT] == ("entropy", "attention"), "model outputs are the even signals"
+assert SIGNALS[TOKEN_ONLY] == ("novelty", "prior"), "token-only signals are the odd ones"
 
 
 @dataclass(frozen=True)

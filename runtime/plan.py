@@ -56,6 +56,7 @@ def plan_run(
         raise ValueError(f"rung: expected either a policy or a fixed rung, got a policy and {rung}; drop one")
     checkpoint = policy if isinstance(policy, PolicyCheckpoint) else PolicyCheckpoint.load(policy)
     ladder = build_ladder(adapter, checkpoint.policy.settings.rungs)
+    assert model_fingerprint is not None, "a policy is only used with a model at hand"
     checkpoint.check(model=model_fingerprint, adapter=adapter_fingerprint(adapter), rungs=ladder.rungs)
     if budget == 1.0 and latency_budget_ms is None:
         return static_plan(ladder, ladder.rungs[-1])

@@ -16,7 +16,7 @@ from torch import Tensor
 from policy.contract import RankPolicy
 from policy.settings import SIGNALS, STATS, Settings
 
-from .machine import Constants, complete_block, initial_state, step_token, token_complexity
+from .machine import Constants, State, complete_block, initial_state, step_token, token_complexity
 from .signals import NO_TOKEN, history_tokens, next_token_entropy, ngram_novelty, positional_prior, roll_history
 
 
@@ -99,7 +99,8 @@ class Stream:
         prior = positional_prior(positions, self.prompt_tokens, signals.prior_decay_tokens)
         self.history = roll_history(self.history, tokens, real.sum(1))
         self._token_signals = torch.stack([novelty, prior], dim=-1)
-        weights, opens, rung, scale, held, held_valid = [], [], [], [], [], []
+        states: list[State] = []
+        opens: list[Tensor] = []
         for t in range(tokens.shape[1]):
             before = self.state
             after, opened = step_token(
@@ -108,19 +109,25 @@ class Stream:
             if ragged:
                 after, opened = after.where(real[:, t], before), opened & real[:, t]
             self.state = after
-            for column, value in zip(
-                (weights, opens, rung, scale, held, held_valid),
-                (after.weights, opened, after.rung, after.scale, after.held, after.held_valid),
-                strict=True,
-            ):
-                column.append(value)
-        gates = torch.stack(weights, 1)
+            states.append(after)
+            opens.append(opened)
+
+        def over_tokens(name: str) -> Tensor:
+            return torch.stack([getattr(state, name) for state in states], dim=1)
+
+        gates = over_tokens("weights")
         rungs = torch.arange(gates.shape[-1], device=gates.device)
-        active = ((gates > 0) * rungs).amax(-1)
-        decided = (torch.stack(column, 1) for column in (opens, rung, scale))
         self._blocks.append(
             _Block(
-                positions, real, *decided, active, torch.stack(held, 1), torch.stack(held_valid, 1), self._token_signals
+                positions=positions,
+                real=real,
+                opens=torch.stack(opens, 1),
+                rung=over_tokens("rung"),
+                scale=over_tokens("scale"),
+                active=((gates > 0) * rungs).amax(-1),
+                held=over_tokens("held"),
+                held_valid=over_tokens("held_valid"),
+                first=self._token_signals,
             )
         )
         return gates
@@ -157,7 +164,8 @@ class Stream:
 
     def record(self) -> dict[str, Tensor]:
         """Everything decided so far, by column of processing: `positions`, `real`, `opens`, `rung`, `scale` and
-        `active` [B, N]. `held` [B, N, S, 3], `held_valid` [B, N, S] and `first` [B, N, 2] are what each token's decision saw."""
+        `active` [B, N]; what each token's decision saw: `held` [B, N, S, 3], `held_valid` [B, N, S], `first` [B, N, 2].
+        """
         names = _Block.__dataclass_fields__
         return {name: torch.cat([getattr(block, name) for block in self._blocks], dim=1) for name in names}
 

@@ -73,4 +73,6 @@ class TableBench:
             return out.index_add_(0, self.document, values.double()).numpy()
 
         nothing = np.zeros(documents)
-        return Scores(per_document(damage), per_document(samples.tokens), per_document(counts), nothing, nothing, nothing)
+        return Scores(
+            per_document(damage), per_document(samples.tokens), per_document(counts), nothing, nothing, nothing
+        )

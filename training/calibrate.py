@@ -1,4 +1,4 @@
-"""Everything that is set from data before and after training: thresholds, scales, the range of lambda, the knob curve."""
+"""What is set from data, before and after training: thresholds, scales, the range of lambda, the knob curve."""
 
 from __future__ import annotations
 

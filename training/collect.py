@@ -40,7 +40,7 @@ def collect_shards(
     missing = store.missing()
     if missing:
         trainer = make_trainer(logger=False, inference_mode=True)
-        shards = DataLoader(missing, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
+        shards: DataLoader[int] = DataLoader(missing, batch_size=None)  # type: ignore[arg-type]  # a list will do
         trainer.predict(_Collector(store, collect, model), shards, return_predictions=False)
         trainer.strategy.barrier("shards")
     return len(missing)

@@ -22,7 +22,9 @@ def device_name(device: torch.device) -> str:
 
 
 @torch.no_grad()
-def measure_latency(model: PreTrainedModel, ladder: Ladder, *, context_tokens: int = 64, steps: int = 24) -> LatencyTable:
+def measure_latency(
+    model: PreTrainedModel, ladder: Ladder, *, context_tokens: int = 64, steps: int = 24
+) -> LatencyTable:
     """Median decode step at batch 1 for every rung and for no adapter; the spread is the largest interquartile range.
 
     This is the reference path, launches and controller included: at batch 1 the rungs hardly differ, and the table says
@@ -37,7 +39,7 @@ def measure_latency(model: PreTrainedModel, ladder: Ladder, *, context_tokens: i
     for rung in ladder.rungs:
         with activate(model, static_plan(ladder, rung)) as run:
             cache = run.new_cache(1)
-            run.forward(tokens, past_key_values=cache, logits_to_keep=1)
+            run.logits(tokens, None, cache, keep=1)
             times = [_step_ms(run, cache, tokens[:, -1:]) for _ in range(steps)][steps // 4 :]
         ms[rung] = statistics.median(times)
         quartiles = statistics.quantiles(times, n=4)
@@ -48,5 +50,5 @@ def measure_latency(model: PreTrainedModel, ladder: Ladder, *, context_tokens: i
 def _step_ms(run: AdaptiveRun, cache: AdaptiveCache, token: Tensor) -> float:
     start = time.perf_counter()
     # Reading one number waits for the device, so that the clock sees the whole step.
-    run.forward(token, past_key_values=cache).logits[0, 0, 0].item()
+    run.logits(token, None, cache)[0, 0, 0].item()
     return 1000 * (time.perf_counter() - start)

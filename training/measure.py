@@ -70,7 +70,7 @@ class HeldOut:
         if number == len(self._full):
             batch = self.batches[number][1]
             with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
-                logits = run.forward(batch.tokens, attention_mask=batch.real.long()).logits
+                logits = run.logits(batch.tokens, batch.real, run.new_cache(len(batch.tokens)))
             self._full.append(logits.float().log_softmax(-1))
         return self._full[number]
 
@@ -86,7 +86,7 @@ class HeldOut:
             plan = RunPlan(self.ladder, chosen, settings, knob)
             with activate(self.model, plan) as run:
                 cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
-                logits = run.forward(batch.tokens, attention_mask=batch.real.long(), past_key_values=cache).logits
+                logits = run.logits(batch.tokens, batch.real, cache)
             active = cache.stream.record()["active"]
             found = self._sums(self._full_log_p(number), logits, batch, active)
             for name, column in columns.items():

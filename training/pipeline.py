@@ -90,10 +90,14 @@ class FitContext:
             yield run
 
     def collect(
-        self, name: str, examples: Sequence[Example], per_shard: int, key: dict[str, Any],
+        self,
+        name: str,
+        examples: Sequence[Example],
+        per_shard: int,
+        key: dict[str, Any],
         measure: Callable[[Sequence[Example], int], dict[str, list[Tensor]]],
     ) -> dict[str, list[Tensor]]:
-        """Resumable per-document tensors: `measure(some examples, shard index)` gives one list per name."""  # fmt: skip
+        """Resumable per-document tensors: `measure(examples, shard)` gives one list per name."""  # fmt: skip
         groups = [examples[i : i + per_shard] for i in range(0, len(examples), per_shard)]
         documents = hashlib.sha256(json.dumps([e["input_ids"] for e in examples]).encode()).hexdigest()
         full_key = {**self.identity, **key, "documents": documents, "per_shard": per_shard, "seed": self.seed}
@@ -104,7 +108,7 @@ class FitContext:
             return {f"{field}.{i}": t for field, values in measured.items() for i, t in enumerate(values)}
 
         made = collect_shards(store, one, self.model, self.make_trainer)
-        self.model.to(self.device)  # Lightning leaves it on the CPU
+        torch.nn.Module.to(self.model, self.device)  # Lightning leaves it on the CPU
         self.progress(f"{name}: {len(groups) - made} of {len(groups)} shards reused, {made} collected")
         found: dict[str, list[Tensor]] = {}
         for index, group in enumerate(groups):
@@ -150,9 +154,7 @@ def collect_targets(context: FitContext, settings: Settings) -> Targets:
     return Targets(settings, found["table"], best_scales(samples.damage, samples.tokens, fit.scales), later, paths)
 
 
-def collect_paths(
-    context: FitContext, name: str, policy: LearnedPolicy | None, settings: Settings
-) -> list[Trajectory]:
+def collect_paths(context: FitContext, name: str, policy: LearnedPolicy | None, settings: Settings) -> list[Trajectory]:
     """Trajectories of train and validation documents under the full rank, or under `policy` at random lambda."""
     examples = [*context.corpus.train, *context.corpus.validation]
     digest = None if policy is None else _digest(policy.state_dict())
@@ -169,7 +171,9 @@ def collect_paths(
 
     key = {"settings": settings.to_dict(), "policy": digest}
     columns = context.collect(name, examples, TRAJECTORY_DOCUMENTS, key, paths)
-    return [Trajectory(*parts) for parts in zip(columns["starts"], columns["features"], columns["complexity"], strict=True)]
+    return [
+        Trajectory(*parts) for parts in zip(columns["starts"], columns["features"], columns["complexity"], strict=True)
+    ]
 
 
 def _samples(
@@ -301,7 +305,9 @@ def compare_policies(
 
 
 def _mean_chunk(paths: Sequence[Trajectory]) -> int:
-    tokens, chunks = (sum(len(x) for x in column) for column in zip(*((p.complexity, p.starts) for p in paths), strict=True))
+    tokens, chunks = (
+        sum(len(x) for x in column) for column in zip(*((p.complexity, p.starts) for p in paths), strict=True)
+    )
     return max(1, round(tokens / chunks))
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-STYLE = {
+STYLE: dict[str, dict[str, Any]] = {
     "fixed": {"color": "#444444", "marker": "o", "label": "fixed rung"},
     "percentile": {"color": "#d98c1f", "marker": "s", "label": "percentile thresholds"},
     "random": {"color": "#b5b5b5", "marker": "x", "label": "random in the same band"},
@@ -28,8 +28,8 @@ def tradeoff_figure(curves: dict[str, list[dict[str, Any]]], title: str) -> Figu
     axes = figure.subplots()
     for name, rows in curves.items():
         points = sorted((row["mean_rank"], row["kl"]) for row in rows)
-        style = STYLE[name]
-        axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1.4, **style)
+        ranks, kls = zip(*points, strict=True)
+        axes.plot(ranks, kls, markersize=5, linewidth=1.4, **STYLE[name])
     axes.set_xlabel("mean rank, byte-weighted, over scored tokens")
     axes.set_ylabel("KL to full rank, nats per completion token")
     axes.set_yscale("log")

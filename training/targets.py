@@ -27,9 +27,11 @@ from .documents import Batch, Example
 
 def token_kl(full_log_p: Tensor, logits: Tensor) -> Tensor:
     """KL(full || this) in nats, [..., V] log-probabilities and logits -> [...] float32, never below 0."""
-    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), full_log_p, reduction="none", log_target=True).sum(
-        -1
-    ).clamp_(min=0.0)
+    return (
+        torch.nn.functional.kl_div(logits.float().log_softmax(-1), full_log_p, reduction="none", log_target=True)
+        .sum(-1)
+        .clamp_(min=0.0)
+    )
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def trajectories(run: AdaptiveRun, batch: Batch, knob: float | Tensor) -> list[T
     """Run a batch under the run's own policy at `knob` (one number, or [B]) and read off what it decided on."""
     batch = batch.to(run.model.device)
     cache = run.new_cache(batch.tokens.shape[0], prompt_tokens=batch.prompt_tokens, knob=knob)
-    run.forward(batch.tokens, attention_mask=batch.real.long(), past_key_values=cache, logits_to_keep=1)
+    run.logits(batch.tokens, batch.real, cache, keep=1)
     record = {name: value.cpu() for name, value in cache.stream.record().items()}
     complexity = cache.stream.complexity.cpu()
     found = []
@@ -84,9 +86,7 @@ def trajectories(run: AdaptiveRun, batch: Batch, knob: float | Tensor) -> list[T
 
 
 @torch.no_grad()
-def later_damage(
-    run: AdaptiveRun, example: Example, start: int, end: int, horizon: int
-) -> tuple[Tensor, Tensor]:
+def later_damage(run: AdaptiveRun, example: Example, start: int, end: int, horizon: int) -> tuple[Tensor, Tensor]:
     """(immediate, later) KL sums [J] of one chunk [start, end) at every rung, all other tokens at full rank.
 
     Immediate is over the chunk's own tokens, later over the `horizon` tokens behind it. Every rung is a row of one

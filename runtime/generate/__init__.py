@@ -28,7 +28,7 @@ from ..stream import ChunkTrace
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out. `texts` are the completions alone, `sequences` prompt and completion as transformers returns them."""
+    """What came out: `texts` are the completions alone, `sequences` the prompts with them as transformers has it."""
 
     texts: list[str]
     sequences: Tensor
@@ -71,13 +71,13 @@ def generate(
     Raises FileNotFoundError for a wrong path and ValueError, one line each, for input that does not fit together.
     """
     if tokenizer is None and not (isinstance(prompts, Tensor) and isinstance(model, PreTrainedModel)):
-        tokenizer = load_tokenizer(model.name_or_path if isinstance(model, PreTrainedModel) else model)
+        tokenizer = load_tokenizer(str(model.name_or_path) if isinstance(model, PreTrainedModel) else model)
     if not isinstance(model, PreTrainedModel):
         model = load_model(model, dtype=dtype)
     inputs = _inputs(prompts, tokenizer, generation_kwargs, model)
-    options = {"policy": policy, "budget": budget, "latency_budget_ms": latency_budget_ms, "rung": rung}
-    with adaptive(model, adapter, **options) as run:
-        output = model.generate(**inputs, **generation_kwargs)
+    chosen = adaptive(model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung)
+    with chosen as run:
+        output = model.generate(**inputs, **generation_kwargs)  # type: ignore[operator]  # a method of a mixin
         sequences = output if isinstance(output, Tensor) else output.sequences
         return _collect(run, model, tokenizer, inputs, sequences, return_trace)
 
@@ -124,7 +124,7 @@ def _collect(
     lengths = [prompt + max(count - 1, 0) for prompt, count in zip(prompts, tokens, strict=True)]
     mean_rank, prompt_mean_rank = run.mean_rank(lengths)
     texts = [
-        tokenizer.decode(row[:count], skip_special_tokens=True) if tokenizer is not None else ""
+        str(tokenizer.decode(row[:count], skip_special_tokens=True)) if tokenizer is not None else ""
         for row, count in zip(new, tokens, strict=True)
     ]
     trace = [run.trace(row, length) for row, length in enumerate(lengths)] if return_trace else None
