@@ -117,8 +117,8 @@ class Settings:
     """Index into `rungs` for tokens before the first model output exists; negative counts from the top."""
     block_tokens: int = 32
     """Tokens that one forward pass of prefill handles; signals that the model puts out are those of earlier blocks."""
-    fade_tokens: int = 4
-    """Cross-fade length w; 1 switches hard."""
+    fade_tokens: int = 1
+    """Cross-fade length w; 1 switches hard. A fade runs at the larger of its two ranks for w tokens."""
     signals: SignalSettings = field(default_factory=SignalSettings)
     chunk: ChunkSettings = field(default_factory=ChunkSettings)
     kv: KVSettings = field(default_factory=KVSettings)

@@ -15,6 +15,7 @@ from policy.contract import RankPolicy
 from policy.curve import KnobCurve
 from policy.settings import Settings
 
+from .module import interpolate_scale
 from .targets import Trajectory
 
 
@@ -28,9 +29,16 @@ def calibrated_settings(settings: Settings, paths: Sequence[Trajectory]) -> Sett
 
 
 def best_scales(damage: Tensor, tokens: Tensor, grid: Sequence[float]) -> Tensor:
-    """[J] the grid scale of least mean damage at every rung; 1 at the top. damage [N, J, G], tokens [N]."""
-    mean = (damage * tokens[:, None, None]).sum(0) / tokens.sum()
-    scales = torch.tensor(list(grid))[mean.argmin(1)]
+    """[J] the scale of least mean damage at every rung, within the measured grid; 1 at the top.
+
+    damage [N, J, G], tokens [N].
+    """
+    mean = (damage * tokens[:, None, None]).sum(0, keepdim=True) / tokens.sum()
+    candidates = torch.linspace(min(grid), max(grid), 201)
+    measured = torch.tensor(list(grid))
+    rungs = mean.shape[1]
+    curve = torch.stack([interpolate_scale(mean, s.expand(1, rungs), measured)[0] for s in candidates])
+    scales = candidates[curve.argmin(0)]
     scales[-1] = 1.0
     return scales
 

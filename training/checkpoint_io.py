@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from lightning.pytorch.plugins import CheckpointIO
 from safetensors import SafetensorError
 from torch import Tensor
@@ -53,8 +54,10 @@ class SafetensorsCheckpointIO(CheckpointIO):
 
 def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     if isinstance(value, Tensor):
-        tensors[where] = value.detach().cpu().contiguous()
-        return {"tensor": where}
+        # Numbered, because keys with dots in them can join to one name; copied, because safetensors stores no views.
+        name = f"{len(tensors)}.{where}"
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
     if isinstance(value, dict):
         # Optimizer states have integer keys, which JSON objects do not keep.
         items = [[_pack(k, tensors, f"{where}.key"), _pack(v, tensors, f"{where}.{k}")] for k, v in value.items()]

@@ -51,8 +51,9 @@ class Batch:
 def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, fit: FitSettings, seed: int) -> Corpus:
     """Read, split and encode a dataset.
 
-    A dataset with train, validation and test splits keeps them; one without is split by document id (scikit-learn's
-    grouped split), so that no document lies on both sides. Raises ValueError when a part would be empty.
+    A dataset with train, validation and test splits keeps them; one without is split by text (scikit-learn's grouped
+    split), so that no document, nor an exact copy of it, lies on both sides. Raises ValueError when a part would be
+    empty.
     """
     names = split_names(dataset)
     if {"train", "validation", "test"} <= set(names):
@@ -64,9 +65,9 @@ def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, fit: FitSettin
 
 
 def _grouped_split(documents: datasets.Dataset, fit: FitSettings, seed: int) -> list[datasets.Dataset]:
-    groups = documents["id"]
-    if len(set(groups)) < 3:
-        raise ValueError(f"dataset: expected at least 3 documents to split, got {len(set(groups))}; give more text")
+    different = len(set(_texts(documents)))
+    if different < 3:
+        raise ValueError(f"dataset: expected at least 3 different documents to split, got {different}; give more text")
     wanted = (fit.train_documents, fit.validation_documents, fit.test_documents)
     held_out = (wanted[1] + wanted[2]) / sum(wanted)
     train, rest = _split_once(documents, held_out, seed)
@@ -76,8 +77,13 @@ def _grouped_split(documents: datasets.Dataset, fit: FitSettings, seed: int) -> 
 
 def _split_once(documents: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     split = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
-    first, second = next(split.split(range(len(documents)), groups=documents["id"]))
+    first, second = next(split.split(range(len(documents)), groups=_texts(documents)))
     return documents.select(sorted(first)), documents.select(sorted(second))
+
+
+def _texts(documents: datasets.Dataset) -> list[str]:
+    """What makes two documents the same one: ids tell exact copies apart."""
+    return [f"{p}\n{c}" for p, c in zip(documents["prompt"], documents["completion"], strict=True)]
 
 
 def _encode(

@@ -20,12 +20,10 @@ import lightning as L
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from policy.checkpoint import PolicyCheckpoint
+from policy.contract import RankPolicy
 from policy.cost import LatencyTable
-from policy.fixed import FixedPolicy
-from policy.learned import LearnedPolicy
 from policy.settings import ChunkSettings, KVSettings, Settings, SignalSettings
 from runtime.adapter import load_adapter
 from runtime.command import one_line_errors
@@ -36,7 +34,15 @@ from runtime.loading import default_device, load_model, load_tokenizer
 from .compare import Curve, Verdict, areas, judge, table
 from .documents import load_corpus
 from .latency import measure_latency
-from .pipeline import FitContext, Targets, collect_targets, compare_policies, describe_targets, train_policy
+from .pipeline import (
+    FitContext,
+    Targets,
+    collect_targets,
+    compare_policies,
+    describe_targets,
+    new_logger,
+    train_policy,
+)
 from .report import log_report, write_report
 from .settings import FitSettings
 
@@ -53,7 +59,7 @@ def fit(
     dtype: str = "float32",
     rungs: list[int] | None = None,
     block_tokens: int = 32,
-    fade_tokens: int = 4,
+    fade_tokens: int = 1,
     amounts: FitSettings = FitSettings(),  # noqa: B008  frozen
     signals: SignalSettings = SignalSettings(),  # noqa: B008
     chunk: ChunkSettings = ChunkSettings(),  # noqa: B008
@@ -105,11 +111,14 @@ def fit(
         pass
     latency = _latency(folder, context)
     targets = collect_targets(context, settings)
-    logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    learned = train_policy(context, targets, latency, logger)
+    learned = train_policy(context, targets, latency)
     curves, fixed = compare_policies(context, targets, learned)
     verdict = judge(curves, ladder.rungs, context.rung_rank, resamples=amounts.bootstrap, seed=seed)
-    checkpoint = _checkpoint(context, targets, learned, fixed, curves, verdict, latency, fingerprints)
+    candidates = {
+        policy.kind: _checkpoint(context, targets, policy, curves, verdict, latency, fingerprints)
+        for policy in (learned, fixed)
+    }
+    checkpoint = candidates[verdict.exported]
     summary = {
         "model": str(model),
         "adapter": str(adapter),
@@ -134,11 +143,11 @@ def fit(
         "operating_point": _operating_point(curves, checkpoint, context, latency),
         "seconds": round(time.time() - started, 1),
     }
+    candidates["learned"].save(folder / "learned")  # also when it is not the one to serve: to look at
     checkpoint.save(folder / "policy")
     figure = write_report(folder, summary)
     params = {"adapter": Path(adapter).name, "seed": seed, "rungs": str(ladder.rungs), "exported": verdict.exported}
-    log_report(logger, figure, summary, {**params, **asdict(amounts)})
-    logger.finalize("success")
+    log_report(new_logger(folder, "", fresh=True), figure, summary, {**params, **asdict(amounts)})
     _print_verdict(summary, folder)
     return summary
 
@@ -175,17 +184,16 @@ def _latency(folder: Path, context: FitContext) -> LatencyTable:
 
 
 def _checkpoint(
-    context: FitContext, targets: Targets, learned: LearnedPolicy, fixed: FixedPolicy, curves: dict[str, Curve],
-    verdict: Verdict, latency: LatencyTable, fingerprints: dict[str, str],
+    context: FitContext, targets: Targets, policy: RankPolicy, curves: dict[str, Curve], verdict: Verdict,
+    latency: LatencyTable, fingerprints: dict[str, str],
 ) -> PolicyCheckpoint:  # fmt: skip
-    """The exported policy, at the budget of the rung nearest to half of the top one's bytes."""
+    """A policy to serve, at the budget of the rung nearest to half of the top one's bytes."""
     cost = context.cost
     middle = int((cost - 0.5).abs().argmin())
-    chosen = learned if verdict.exported == "learned" else fixed
-    chosen.settings = replace(targets.settings, start_rung=middle)
+    policy.settings = replace(targets.settings, start_rung=middle)
     return PolicyCheckpoint(
-        policy=chosen,
-        curve=curves["learned"].knob_curve if verdict.exported == "learned" else None,
+        policy=policy,
+        curve=curves[policy.kind].knob_curve,
         cost=tuple(cost.tolist()),
         fingerprints={**fingerprints, "ladder": None, "shared": False},  # type: ignore[typeddict-item]
         default_budget=float(cost[middle]),
@@ -196,6 +204,7 @@ def _checkpoint(
             "captured_interval_95": list(verdict.captured_interval),
             "compared_at": list(verdict.ranks),
             "kl_at": verdict.kl,
+            "exported": verdict.exported,
         },
     )
 

@@ -4,7 +4,7 @@ The objective, per chunk and latency weight lambda drawn anew for every chunk an
 
     E_pi[ KL(full || rung, scale) ] + lambda * E_pi[ cost ]
 
-with pi the softmax of the policy's logits and KL interpolated linearly in the measured scale grid. Divided by lambda,
+with pi the softmax of the policy's logits and KL interpolated between the measured scales. Divided by lambda,
 gradients have one size along the whole trade-off curve.
 """
 
@@ -24,19 +24,18 @@ from .samples import Samples
 
 
 def interpolate_scale(damage: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
-    """Damage at continuous scales: damage [N, J, G] on ascending `grid` [G], scale [N, J] -> [N, J].
+    """Damage at continuous scales: damage [N, J, G] measured at `grid` [G], scale [N, J] -> [N, J].
 
-    Linear between grid points, constant outside; differentiable in scale.
+    The polynomial through the measured points (Lagrange): KL is smooth and nearly quadratic in a scale close to 1, so
+    three points find its minimum between them. Scales are kept within the grid; differentiable in scale inside it.
     """
-    if len(grid) == 1:
-        return damage[..., 0]
-    scale = scale.clamp(float(grid[0]), float(grid[-1]))
-    right = torch.searchsorted(grid, scale.detach().contiguous()).clamp(1, len(grid) - 1)
-    low, high = grid[right - 1], grid[right]
-    share = (scale - low) / (high - low)
-    before = damage.gather(2, (right - 1)[..., None])[..., 0]
-    after = damage.gather(2, right[..., None])[..., 0]
-    return before + share * (after - before)
+    scale = scale.clamp(float(grid.min()), float(grid.max()))
+    total = torch.zeros_like(scale)
+    for i, own in enumerate(grid):
+        others = torch.cat([grid[:i], grid[i + 1 :]])
+        basis = ((scale[..., None] - others) / (own - others)).prod(-1)
+        total = total + basis * damage[..., i]
+    return total
 
 
 class PolicyFit(L.LightningModule):

@@ -22,6 +22,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -183,7 +184,7 @@ def _samples(
     return Samples.concatenate([chunk_samples(example, path, table, later) for example, path, table in rows])
 
 
-def train_policy(context: FitContext, targets: Targets, latency: LatencyTable, logger: Any) -> LearnedPolicy:
+def train_policy(context: FitContext, targets: Targets, latency: LatencyTable) -> LearnedPolicy:
     """Train on full-rank trajectories, then on those of the policy's own, `fit.rounds` times."""
     examples = [*context.corpus.train, *context.corpus.validation]
     split = len(context.corpus.train)
@@ -200,7 +201,7 @@ def train_policy(context: FitContext, targets: Targets, latency: LatencyTable, l
         if number > 0:
             paths = collect_paths(context, f"trajectory-own-{number}", policy, targets.settings)
             parts.append(_samples(examples[:split], paths[:split], targets.tables[:split], targets.later))
-        _train_round(context, policy, Samples.concatenate(parts), held_out, latency, logger, number)
+        _train_round(context, policy, Samples.concatenate(parts), held_out, latency, number)
     return policy.cpu().eval()
 
 
@@ -216,7 +217,7 @@ def _fresh_policy(context: FitContext, targets: Targets, samples: Samples, damag
 
 def _train_round(
     context: FitContext, policy: LearnedPolicy, samples: Samples, held_out: Samples, latency: LatencyTable,
-    logger: Any, number: int,
+    number: int,
 ) -> None:  # fmt: skip
     fit = context.fit
     module = PolicyFit(
@@ -227,6 +228,7 @@ def _train_round(
     key = f"{_digest(contents)}-{fit.epochs}-{fit.batch_chunks}-{fit.learning_rate}-{context.seed}"
     folder = context.root / "checkpoints" / f"round-{number}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     resume = latest(folder)
+    logger = new_logger(context.root, f"round-{number}", fresh=resume is None)
     keep = ModelCheckpoint(dirpath=folder, filename="last", save_top_k=1, enable_version_counter=False)
     keep.FILE_EXTENSION = ""
     trainer = context.make_trainer(
@@ -240,6 +242,14 @@ def _train_round(
             loader(held_out, fit.batch_chunks),
             ckpt_path=resume,
         )
+
+
+def new_logger(root: Path, name: str, *, fresh: bool) -> TensorBoardLogger:
+    """TensorBoard events in `root/name`; `fresh` removes those of an earlier run, whose lines would lie over these."""
+    if fresh:
+        for old in (root / name).glob("events.out.tfevents.*"):
+            old.unlink()
+    return TensorBoardLogger(root, name=name, version="", default_hp_metric=False)
 
 
 @contextmanager

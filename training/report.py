@@ -62,7 +62,7 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
             writer.add_scalar(f"tradeoff/{name}_kl", row["kl"], round(100 * row["mean_rank"]))
     metrics = {"hp/quality": summary["operating_point"]["kl"], "hp/latency": summary["operating_point"]["latency_ms"]}
     logger.log_hyperparams(params, metrics)
-    writer.flush()
+    logger.finalize("success")
 
 
 def _write_csv(path: Path, curves: dict[str, list[dict[str, Any]]]) -> None:

@@ -18,7 +18,7 @@ class FitSettings:
     """Shorter documents are left out: they end before a rung can change."""
     shard_documents: int = 4
     """Documents per forward of target collection, each at every rung and scale, and per resumable shard."""
-    scales: tuple[float, ...] = (1.0, 1.1, 1.2)
+    scales: tuple[float, ...] = (0.8, 1.0, 1.2)
     """Scale grid on which targets of truncated rungs are measured; the policy interpolates in it."""
     later_chunks: int = 24
     """Random chunks on which damage to later tokens, through the cache, is measured."""
@@ -49,5 +49,8 @@ class FitSettings:
                 f"fit.max_tokens: expected more than min_completion_tokens {self.min_completion_tokens}, "
                 f"got {self.max_tokens}"
             )
-        if list(self.scales) != sorted(set(self.scales)) or 1.0 not in self.scales or self.scales[0] <= 0:
-            raise ValueError(f"fit.scales: expected ascending positive scales with 1.0 among them, got {self.scales}")
+        ascending = list(self.scales) == sorted(set(self.scales)) and self.scales[0] > 0
+        # The policy's own range of scales is symmetric; targets must cover all of it.
+        mirrored = all(abs(a + b - 2.0) < 1e-6 for a, b in zip(self.scales, reversed(self.scales), strict=True))
+        if not ascending or not mirrored or 1.0 not in self.scales:
+            raise ValueError(f"fit.scales: expected ascending scales symmetric around 1.0, got {self.scales}")

@@ -1,0 +1,238 @@
+"""`python -m training.evaluate`: perplexity through the adaptive forward, and what it cost.
+
+Completion tokens of held-out documents are scored in runs that really decide, chunk by chunk: at `block_tokens` 1,
+where a forward takes step-by-step decode's decisions, and at the policy's own block (DESIGN section 6), beside the two
+static ends, no adapter and the full rank. Milliseconds are those of the scoring forward, a batch of rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
+
+import datasets
+import torch
+import transformers
+from jsonargparse import ArgumentParser
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data import encode, load_documents
+from runtime.adapter import load_adapter
+from runtime.adaptive import activate
+from runtime.command import one_line_errors
+from runtime.fingerprint import model_fingerprint
+from runtime.loading import load_model, load_tokenizer
+from runtime.plan import RunPlan, plan_run
+
+from .documents import Batch, Example, batches
+from .fit import EMBEDDED
+
+ROWS = 8
+"""Documents per forward."""
+IGNORED = -100
+"""Target of a position that is not scored."""
+PATIENCE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One run over all documents."""
+
+    name: str
+    block_tokens: int
+    documents: int
+    scored_tokens: int
+    """Completion tokens; the first token of a document without prompt is predicted by nothing and not scored."""
+    perplexity: float
+    mean_rank: float
+    """Byte-weighted active rank over the positions that predict scored tokens."""
+    prompt_mean_rank: float | None
+    """Over prompt tokens; None where no document has a prompt."""
+    kv_bytes: int
+    """Storage of all documents' caches, each at its end."""
+    kv_bytes_full: int
+    """The same tokens in the model's own dtype."""
+    ms_per_token: float
+    """Wall time of the forwards over their real tokens."""
+
+
+def evaluate(
+    model: str = str(EMBEDDED / "base"),
+    adapter: str = str(EMBEDDED / "adapter"),
+    policy: str | None = None,
+    budget: float | None = None,
+    rung: int | None = None,
+    dataset: str = str(EMBEDDED / "text"),
+    split: str = "test",
+    limit: int | None = None,
+    max_tokens: int = 512,
+    block_tokens: int | None = None,
+    dtype: str = "auto",
+) -> list[Evaluation]:
+    """Measure perplexity and cost of an adapter at the ranks a policy chooses, beside no adapter and the full rank.
+
+    Args:
+        model: Folder or hub id of the base model.
+        adapter: PEFT LoRA folder or hub id.
+        policy: Policy folder; without one every token gets the full adapter, or `rung`.
+        budget: Mean adapter cost relative to the top rung, 0 to 1; default: the policy's own.
+        rung: One fixed rank instead of a policy.
+        dataset: Folder with train/validation/test .jsonl[.xz], a file, a built-in name or any `datasets` name.
+        split: Split of the dataset.
+        limit: First documents only.
+        max_tokens: Documents are cut to this many tokens, prompt included.
+        block_tokens: Tokens per forward of the second run; default: the policy's.
+        dtype: float32, bfloat16, float16 or auto; what the model computes in.
+    """
+    loaded = load_adapter(adapter)
+    network = load_model(model, dtype=dtype)
+    fingerprint = None if policy is None else model_fingerprint(network)
+    plan = plan_run(loaded, policy=policy, budget=budget, rung=rung, model_fingerprint=fingerprint)
+    blocks = {1, plan.settings.block_tokens if block_tokens is None else block_tokens}
+    runs = {"no adapter": plan_run(loaded, rung=0), "full rank": plan_run(loaded)}
+    runs |= {f"block {block}": with_block(plan, block) for block in sorted(blocks)}
+    examples = load_examples(dataset, split, limit, max_tokens, network, load_tokenizer(model))
+    return [measure_perplexity(name, network, run, examples) for name, run in runs.items()]
+
+
+def with_block(plan: RunPlan, block_tokens: int) -> RunPlan:
+    """The same run with other prefill blocks."""
+    return replace(plan, settings=replace(plan.settings, block_tokens=block_tokens))
+
+
+def load_examples(
+    dataset: str,
+    split: str,
+    limit: int | None,
+    max_tokens: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Example]:
+    """Encoded documents of one split. Raises ValueError when they would not fit the model's context."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and max_tokens > context:
+        raise ValueError(f"max_tokens: expected at most the model's context of {context}, got {max_tokens}; lower it")
+    return [dict(row) for row in encode(load_documents(dataset, split, limit=limit), tokenizer, max_tokens=max_tokens)]
+
+
+@torch.no_grad()
+def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, examples: Sequence[Example]) -> Evaluation:
+    """Run `plan` over the documents, a batch at a time; only sums are kept."""
+    metric = Perplexity(ignore_index=IGNORED).to(model.device)
+    rung_rank = plan.ladder.mean_rank().to(model.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+    kv_bytes = kv_bytes_full = tokens = 0
+    seconds = 0.0
+    with activate(model, plan) as run:
+        for index, batch in with_progress(list(batches(examples, ROWS)), name):
+            batch = batch.to(model.device)
+            started = time.perf_counter()
+            cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
+            logits = run.forward(batch.tokens, attention_mask=batch.real.long(), past_key_values=cache).logits
+            assert logits is not None, "a causal LM puts out logits"
+            # Reading a number waits for the device, so that the clock sees the whole forward.
+            tokens += int(batch.real.sum())
+            seconds += time.perf_counter() - started
+            metric.update(logits.float(), _targets(batch))
+            sums += _rank_sums(rung_rank[cache.stream.record()["active"]], batch)
+            kv_bytes += cache.kv_bytes()
+            kv_bytes_full += cache.kv_bytes_full()
+    rank, scored, prompt_rank, prompt = sums.tolist()
+    return Evaluation(
+        name, plan.settings.block_tokens, len(examples), int(scored), float(metric.compute()), rank / scored,
+        prompt_rank / prompt if prompt else None, kv_bytes, kv_bytes_full, 1000 * seconds / tokens,
+    )  # fmt: skip
+
+
+def _targets(batch: Batch) -> Tensor:
+    """[B, T] long: the token that logits at t predict, IGNORED where that is none of the completion."""
+    return batch.tokens.roll(-1, 1).masked_fill(~batch.scored, IGNORED)
+
+
+def _rank_sums(rank: Tensor, batch: Batch) -> Tensor:
+    """[4] float64: rank [B, T] summed over scored positions, their count, and the same over prompt tokens."""
+    prompt = batch.real & (torch.arange(rank.shape[1], device=rank.device) < batch.prompt_tokens[:, None])
+    parts = [x for where in (batch.scored, prompt) for x in ((rank * where).sum(), where.sum())]
+    return torch.stack([part.double() for part in parts])
+
+
+_Item = TypeVar("_Item")
+
+
+def with_progress(items: Sequence[_Item], name: str) -> Iterator[_Item]:
+    """The items, with a progress bar once they have taken longer than two seconds."""
+    started = time.perf_counter()
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(name, total=len(items))
+    try:
+        for item in items:
+            yield item
+            bar.advance(task)
+            if not bar.live.is_started and time.perf_counter() - started > PATIENCE_SECONDS:
+                bar.start()
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _table(found: Sequence[Evaluation]) -> Table:
+    columns: dict[str, Callable[[Evaluation], str]] = {
+        "run": lambda e: e.name,
+        "perplexity": lambda e: f"{e.perplexity:.4f}",
+        "mean rank": lambda e: f"{e.mean_rank:.2f}",
+        "prompt rank": lambda e: "-" if e.prompt_mean_rank is None else f"{e.prompt_mean_rank:.2f}",
+        "KV MB": lambda e: f"{e.kv_bytes / 1e6:.1f}",
+        "of full": lambda e: f"{e.kv_bytes / e.kv_bytes_full:.0%}",
+        "ms/token": lambda e: f"{e.ms_per_token:.3f}",
+    }
+    title = f"perplexity over {found[0].scored_tokens} completion tokens of {found[0].documents} documents"
+    table = Table(title=title, box=SIMPLE)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    for evaluation in found:
+        table.add_row(*(show(evaluation) for show in columns.values()))
+    return table
+
+
+def make_parser() -> ArgumentParser:
+    """Flags are `evaluate`'s arguments; `--config FILE` reads them from YAML, `--print_config` writes them."""
+    parser = ArgumentParser(prog="python -m training.evaluate", description="Perplexity through the adaptive forward.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
+    parser.add_function_arguments(evaluate)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    # `--max-tokens` is how `runtime.generate` spells its flags, `--max_tokens` how jsonargparse does.
+    given = [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    parsed = make_parser().parse_args(given).as_dict()
+    parsed.pop("config", None)
+    as_json = parsed.pop("json")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with one_line_errors():
+        found = evaluate(**parsed)
+        Console().print(_table(found))
+        if as_json:
+            print(json.dumps({**parsed, "runs": {run.name: asdict(run) for run in found}}))
+
+
+def _underscored(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
+
+
+if __name__ == "__main__":
+    main()
