@@ -1,0 +1,215 @@
+"""The definitions of DESIGN sections 4 to 6 in plain Python, and a policy that makes decisions easy to steer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from policy import Decision, RankPolicy, Settings, Summary
+from runtime import Ladder
+from runtime.stream import Stream
+
+OUTPUTS, TOKENS = (0, 2), (1, 3)
+
+
+class PositionPolicy(RankPolicy):
+    """Rung and scale follow from the opening token's position and the row's knob: chunk after chunk another."""
+
+    kind: ClassVar[str] = "position"
+
+    def __init__(self, settings: Settings, multiplier: int = 5) -> None:
+        super().__init__(settings)
+        self.multiplier = multiplier
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        draw = (summary.position * self.multiplier + knob.long()) % 97
+        return Decision(draw % len(self.settings.rungs), 0.75 + (draw % 3) / 8)
+
+    def knob_range(self) -> tuple[float, float]:
+        return 0.0, 96.0
+
+    def config(self) -> dict[str, Any]:
+        return {"multiplier": self.multiplier}
+
+
+class FeaturePolicy(RankPolicy):
+    """A rung that depends on every number of the summary: whatever leaks into a decision changes it."""
+
+    kind: ClassVar[str] = "feature"
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        features = summary.features()
+        weights = torch.arange(1, features.shape[1] + 1).cos()
+        draw = (features @ weights * 7).sin() + knob
+        rungs = len(self.settings.rungs)
+        return Decision(((draw * 50).floor().long()) % rungs, 1 + draw.sin() / 4)
+
+    def knob_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+
+def naive_entropy(logits: Sequence[float]) -> float:
+    top = max(logits)
+    weights = [math.exp(x - top) for x in logits]
+    shares = [w / sum(weights) for w in weights]
+    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))
+
+
+def naive_novelty(tokens: Sequence[int], window: int) -> list[float]:
+    """Share of the n-grams that end at each token and are not in the set of those that end in the window before it."""
+    out = []
+    for t in range(len(tokens)):
+        new = total = 0
+        for n in (2, 3, 4):
+            if t + 1 < n:
+                continue
+            ends = range(max(n - 1, t - window), t)
+            seen = {tuple(tokens[end + 1 - n : end + 1]) for end in ends}
+            total += 1
+            new += tuple(tokens[t + 1 - n : t + 1]) not in seen
+        out.append(new / total if total else 1.0)
+    return out
+
+
+@dataclass
+class NaiveChunk:
+    start: int
+    rung: int
+    scale: float
+    held: list[tuple[float, float, float] | None]
+    """Per signal mean, max and last value that the decision saw."""
+    tokens: list[int] = field(default_factory=list)
+
+
+def naive_chunks(
+    outputs: Tensor, token_signals: Tensor, blocks: Sequence[int], settings: Settings, policy: RankPolicy, knob: float
+) -> tuple[list[NaiveChunk], list[list[float]]]:
+    """Chunks and rung weights of one row, by the definition, one token at a time.
+
+    outputs [T, 2] (entropy, attention) and token_signals [T, 2] (novelty, prior); `blocks` are the lengths of the
+    forward passes. A model output is known once its pass has ended.
+    """
+    chunk, rungs, known = settings.chunk, len(settings.rungs), 0
+    smoothed: list[float | None] = [None] * 4
+    held: list[tuple[float, float, float] | None] = [None] * 4
+    level, chunks, weights, opened_level = 0, [], [], 0
+    fade_from = fade_to = [float(j == settings.start_rung) for j in range(rungs)]
+    ends = torch.tensor(blocks).cumsum(0).tolist()
+    values = torch.stack([outputs, token_signals], -1).flatten(1).tolist()
+
+    def smooth(signal: int, value: float) -> None:
+        before = smoothed[signal]
+        smoothed[signal] = value if before is None else before + chunk.smoothing * (value - before)
+
+    for t in range(len(values)):
+        for signal in TOKENS:
+            smooth(signal, values[t][signal])
+        parts = [(w, s) for w, s in zip(chunk.weights, smoothed, strict=True) if s is not None]
+        total = sum(w for w, _ in parts)
+        complexity = sum(w * s for w, s in parts) / total if total else 0.0
+        while level < len(chunk.thresholds) and complexity > chunk.thresholds[level] + chunk.hysteresis:
+            level += 1
+        while level > 0 and complexity <= chunk.thresholds[level - 1] - chunk.hysteresis:
+            level -= 1
+        length = t - chunks[-1].start if chunks else 0
+        changed = length >= chunk.min_tokens and level != opened_level
+        if not chunks or length >= chunk.max_tokens or changed:
+            for signal in range(4):
+                past = [] if not chunks else chunks[-1].tokens
+                if signal in OUTPUTS:
+                    past = [i for i in past if i < known]
+                column = [values[i][signal] for i in past]
+                if column:
+                    held[signal] = (sum(column) / len(column), max(column), column[-1])
+            rung, scale = settings.start_rung, 1.0
+            if known:
+                stats = torch.tensor([h or (0.0, 0.0, 0.0) for h in held])[None]
+                valid = torch.tensor([[h is not None for h in held]])
+                summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]))
+                decision = policy.decide(summary, torch.tensor([knob]))
+                rung, scale = int(decision.rung), float(decision.scale)
+            chunks.append(NaiveChunk(t, rung, scale, list(held)))
+            opened_level = level
+            fade_from = weights[-1] if weights else fade_to
+            fade_to = [scale * (j == rung) for j in range(rungs)]
+        chunks[-1].tokens.append(t)
+        progress = min(1.0, (t - chunks[-1].start + 1) / settings.fade_tokens)
+        weights.append([a + (b - a) * progress for a, b in zip(fade_from, fade_to, strict=True)])
+        if t + 1 in ends:
+            for i in range(known, t + 1):
+                for signal in OUTPUTS:
+                    smooth(signal, values[i][signal])
+            known = t + 1
+    return chunks, weights
+
+
+def rung_by_rung(ladder: Ladder, name: str, x: Tensor, weights: Tensor) -> Tensor:
+    """The definition of a gated update: sum_j weight_j * ladder_j(x), each rung computed alone, in float64.
+
+    x [..., d_in], weights [..., J] -> [..., d_out].
+    """
+    factors, column = ladder.modules[name], list(ladder.modules).index(name)
+    total = torch.zeros(*x.shape[:-1], factors.b.shape[1], dtype=torch.float64)
+    for j in range(len(ladder.rungs)):
+        rank = int(ladder.rank_table[j, column])
+        update = x.double() @ factors.a[:rank].double().T @ factors.b[:rank].double()
+        total += weights[..., j, None].double() * update
+    return total
+
+
+@contextmanager
+def definition_hooks(model: nn.Module, ladder: Ladder, weights: Tensor) -> Iterator[None]:
+    """The plain model whose linears add `rung_by_rung`, for weights [B, T, J] of the whole sequence."""
+    with ExitStack() as undo:
+        for name in ladder.modules:
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
+                return output + rung_by_rung(ladder, name, args[0], weights).to(output.dtype)
+
+            undo.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield
+
+
+def weights_of(record: dict[str, Tensor], settings: Settings) -> Tensor:
+    """Rung weights [B, N, J] from recorded `opens`, `rung` and `scale` alone, by the fade's formula, in float64."""
+    rows, steps = record["rung"].shape
+    rungs = len(settings.rungs)
+    out = torch.zeros(rows, steps, rungs, dtype=torch.float64)
+    for row in range(rows):
+        before = torch.zeros(rungs, dtype=torch.float64)
+        before[settings.start_rung] = 1
+        for t in range(steps):
+            if record["opens"][row, t]:
+                start_weights, opened = before, t
+                target = torch.zeros(rungs, dtype=torch.float64)
+                target[record["rung"][row, t]] = record["scale"][row, t].double()
+            progress = min(1.0, (t - opened + 1) / settings.fade_tokens)
+            before = out[row, t] = start_weights + (target - start_weights) * progress
+    return out
+
+
+def drive(
+    stream: Stream, tokens: Tensor, lengths: Sequence[int], logits: Tensor, attention: Tensor, block: int
+) -> None:
+    """Take rows tokens [B, T] of their lengths, with what a model would put out, through `stream` in blocks."""
+    steps = torch.arange(tokens.shape[1])
+    real = steps < torch.tensor(lengths)[:, None]
+    for start in range(0, max(lengths), block):
+        part = slice(start, min(start + block, max(lengths)))
+        stream.open_block(tokens[:, part], real[:, part], ragged=part.stop > min(lengths))
+        stream.close_block(logits[:, part], attention[:, part])
+
+
+def row_of(record: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of a stream's record without its padding, [N, ...]."""
+    real = record["real"][row]
+    return {name: value[row][real] for name, value in record.items()}

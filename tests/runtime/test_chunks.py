@@ -1,0 +1,330 @@
+"""The state machine against the definition token by token, and every promise DESIGN sections 5 and 6 make about it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy import FADES, SIGNALS, ChunkSettings, FixedPolicy, PercentilePolicy, Settings, SignalSettings
+from runtime.machine import complexity_level
+from runtime.signals import next_token_entropy, positional_prior
+from runtime.stream import Stream
+from tests.runtime.reference import (
+    FeaturePolicy,
+    PositionPolicy,
+    drive,
+    naive_chunks,
+    naive_novelty,
+    row_of,
+    weights_of,
+)
+
+CPU = torch.device("cpu")
+RUNGS = (0, 2, 4, 8, 16)
+ENTROPY, NOVELTY, ATTENTION, PRIOR = range(len(SIGNALS))
+
+
+@st.composite
+def settings_strategy(draw):
+    least = draw(st.integers(1, 6))
+    weights = draw(st.sampled_from([(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0.5, 2, 1, 0.25), (0, 0, 1, 1)]))
+    return Settings(
+        RUNGS,
+        start_rung=draw(st.integers(-1, 3)),
+        block_tokens=draw(st.integers(1, 12)),
+        fade_tokens=draw(st.sampled_from(FADES)),
+        signals=SignalSettings(novelty_window_tokens=8, prior_decay_tokens=draw(st.integers(1, 20))),
+        chunk=ChunkSettings(
+            least,
+            draw(st.integers(least, 10)),
+            weights,
+            draw(st.sampled_from([0.3, 0.5, 1.0])),
+            # numbers that no mean of signals hits exactly: the two sides of a comparison round differently
+            draw(st.sampled_from([(), (0.5013,), (0.4137, 0.6171), (0.3011, 0.5013, 0.7017)])),
+            draw(st.sampled_from([0.0, 0.0371, 0.2])),
+        ),
+    )
+
+
+def complexity_policy(settings):
+    return PercentilePolicy(settings, "complexity", scales=torch.tensor([1.2, 1.1, 1.05, 1.25, 1.0]), spread=4.0)
+
+
+policies = st.sampled_from([complexity_policy, PositionPolicy])
+
+
+@st.composite
+def batches(draw, most_rows=3):
+    """(tokens [B, T], lengths, logits [B, T, 6], attention [B, T], prompt tokens [B])"""
+    lengths = draw(st.lists(st.integers(1, 45), min_size=1, max_size=most_rows))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    shape = (len(lengths), max(lengths))
+    tokens = torch.randint(0, draw(st.integers(1, 6)), shape, generator=generator)
+    # stretches of easy and of hard text: the class must really change
+    sharpness = torch.randint(0, 2, (shape[0], shape[1] // 7 + 1, 1), generator=generator).repeat_interleave(7, 1)
+    logits = torch.randn(*shape, 6, generator=generator) * (0.2 + 6 * sharpness[:, : shape[1]])
+    attention = torch.rand(shape, generator=generator)
+    prompts = torch.tensor([draw(st.integers(0, length)) for length in lengths])
+    return tokens, lengths, logits, attention, prompts
+
+
+def run(settings, policy, batch, knob=1.37, rows=slice(None)):
+    tokens, lengths, logits, attention, prompts = batch
+    lengths = lengths[rows]
+    stream = Stream(settings, policy, knob, len(lengths), CPU, prompts[rows])
+    drive(stream, tokens[rows], lengths, logits[rows], attention[rows], settings.block_tokens)
+    return stream
+
+
+@given(settings_strategy(), policies, batches())
+def test_decisions_equal_the_definition(settings, policy_of, batch):
+    policy = policy_of(settings)
+    record = run(settings, policy, batch).record()
+    tokens, lengths, logits, attention, prompts = batch
+    weights = weights_of(record, settings)
+    for row, length in enumerate(lengths):
+        outputs = torch.stack([next_token_entropy(logits[row]), attention[row]], -1)[:length]
+        novelty = naive_novelty(tokens[row, :length].tolist(), settings.signals.novelty_window_tokens)
+        prior = positional_prior(torch.arange(length)[None], prompts[row, None], settings.signals.prior_decay_tokens)[0]
+        blocks = [min(settings.block_tokens, length - i) for i in range(0, length, settings.block_tokens)]
+        signals = torch.stack([torch.tensor(novelty), prior], -1)
+        chunks, naive_weights = naive_chunks(outputs, signals, blocks, settings, policy, 1.37)
+
+        got = row_of(record, row)
+        starts = got["opens"].nonzero()[:, 0].tolist()
+        assert starts == [chunk.start for chunk in chunks]
+        assert got["rung"][starts].tolist() == [chunk.rung for chunk in chunks]
+        assert got["scale"][starts].tolist() == [chunk.scale for chunk in chunks]
+        for start, chunk in zip(starts, chunks, strict=True):
+            assert got["held_valid"][start].tolist() == [held is not None for held in chunk.held]
+            for signal, held in enumerate(chunk.held):
+                if held is not None:
+                    torch.testing.assert_close(got["held"][start, signal], torch.tensor(held), atol=1e-5, rtol=1e-5)
+        own = weights[row][record["real"][row]]
+        torch.testing.assert_close(own, torch.tensor(naive_weights).double(), atol=1e-6, rtol=0)
+
+
+@given(settings_strategy(), policies, batches())
+def test_chunks_tile_the_sequence_within_their_lengths(settings, policy_of, batch):
+    stream = run(settings, policy_of(settings), batch)
+    record = stream.record()
+    for row, length in enumerate(batch[1]):
+        got = row_of(record, row)
+        assert got["positions"].tolist() == list(range(length))
+        chunks = stream.trace(row, length, [], 16)
+        assert chunks[0].start == 0
+        assert sum(chunk.length for chunk in chunks) == length
+        for before, after in pairwise(chunks):
+            assert before.start + before.length == after.start
+            assert settings.chunk.min_tokens <= before.length <= settings.chunk.max_tokens
+        assert 1 <= chunks[-1].length <= settings.chunk.max_tokens
+        for chunk in chunks:
+            part = slice(chunk.start, chunk.start + chunk.length)
+            assert got["rung"][part].unique().numel() == 1, "one rung a chunk"
+            assert got["scale"][part].unique().numel() == 1, "one scale a chunk"
+
+
+@given(settings_strategy(), policies, batches())
+def test_row_in_a_batch_decides_as_it_does_alone(settings, policy_of, batch):
+    policy = policy_of(settings)
+    together = run(settings, policy, batch)
+    for row, length in enumerate(batch[1]):
+        alone = run(settings, policy, batch, rows=slice(row, row + 1))
+        batched, own = row_of(together.record(), row), row_of(alone.record(), 0)
+        for name in ("positions", "opens", "rung", "active", "held_valid"):
+            assert torch.equal(batched[name], own[name]), name
+        for name in ("scale", "held"):
+            torch.testing.assert_close(batched[name], own[name], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            together.complexity[row, :length], alone.complexity[0, :length], atol=1e-6, rtol=1e-6
+        )
+
+
+@given(settings_strategy(), batches(most_rows=1), st.data())
+def test_the_future_changes_no_earlier_decision(settings, batch, data):
+    policy = FeaturePolicy(settings)
+    tokens, lengths, logits, attention, prompts = batch
+    change = data.draw(st.integers(0, lengths[0] - 1))
+    other = [tokens.clone(), lengths, logits.clone(), attention.clone(), prompts]
+    other[0][:, change:] += 10
+    other[2][:, change:] = logits[:, change:].flip(-1) * 3
+    other[3][:, change:] = 1 - attention[:, change:]
+    before, after = (row_of(run(settings, policy, b).record(), 0) for b in (batch, other))
+    for name in before:
+        assert torch.equal(before[name][:change], after[name][:change]), name
+    # What a model puts out for a block is not known inside it: with the tokens as they were, the block stays as it was.
+    other[0] = tokens
+    end = (change // settings.block_tokens + 1) * settings.block_tokens
+    after = row_of(run(settings, policy, other).record(), 0)
+    for name in before:
+        assert torch.equal(before[name][:end], after[name][:end]), name
+
+
+@given(settings_strategy(), policies, batches())
+def test_first_block_runs_at_the_start_rung(settings, policy_of, batch):
+    record = run(settings, policy_of(settings), batch).record()
+    first = record["rung"][:, : settings.block_tokens]
+    assert (first == settings.start_rung).all()
+    assert (record["scale"][:, : settings.block_tokens] == 1).all()
+
+
+@given(settings_strategy(), batches())
+def test_signals_are_valid_once_they_exist(settings, batch):
+    record = run(settings, PositionPolicy(settings), batch).record()
+    for row in range(len(batch[1])):
+        got = row_of(record, row)
+        chunk = got["opens"].long().cumsum(0)
+        assert not got["held_valid"][chunk == 1].any(), "nothing is known when the first chunk opens"
+        assert got["held_valid"][chunk > 1][:, [NOVELTY, PRIOR]].all(), "tokens are known when their chunk has closed"
+        outputs = got["held_valid"][:, [ENTROPY, ATTENTION]]
+        assert not outputs[: settings.block_tokens].any(), "the model has put out nothing within the first block"
+        # the first chunk that opens after a block holds tokens of a completed block
+        late = (chunk > 1) & (torch.arange(len(chunk)) >= settings.block_tokens + settings.chunk.max_tokens)
+        assert outputs[late].all()
+        assert (got["held_valid"].long().diff(dim=0) >= 0).all(), "what is known stays known"
+        assert ((got["held"] >= 0) & (got["held"] <= 1)).all()
+
+
+@given(settings_strategy(), policies, batches())
+def test_fade_ends_exactly_at_the_one_hot_times_scale(settings, policy_of, batch):
+    tokens, lengths, logits, attention, prompts = batch
+    stream = Stream(settings, policy_of(settings), 1.37, len(lengths), CPU, prompts)
+    gates = []
+    for start in range(0, max(lengths), settings.block_tokens):
+        part = slice(start, min(start + settings.block_tokens, max(lengths)))
+        real = torch.arange(part.start, part.stop) < torch.tensor(lengths)[:, None]
+        gates.append(stream.open_block(tokens[:, part], real, ragged=True))
+        stream.close_block(logits[:, part], attention[:, part])
+    weights, record = torch.cat(gates, 1), stream.record()
+    torch.testing.assert_close(
+        weights[record["real"]].double(), weights_of(record, settings)[record["real"]], atol=1e-6, rtol=0
+    )
+    for row in range(len(lengths)):
+        own, age = row_of(record | {"weights": weights}, row), 0
+        for t in range(lengths[row]):
+            age = 1 if own["opens"][t] else age + 1
+            target = torch.nn.functional.one_hot(own["rung"][t], len(RUNGS)) * own["scale"][t]
+            if age >= settings.fade_tokens:
+                assert torch.equal(own["weights"][t], target)
+            assert (own["weights"][t] >= 0).all()
+            assert own["active"][t] == own["weights"][t].nonzero().max()
+
+
+@pytest.mark.parametrize("fade", FADES)
+def test_weights_of_unscaled_rungs_sum_to_one(fade):
+    settings = Settings(RUNGS, fade_tokens=fade, block_tokens=1, chunk=ChunkSettings(1, 3))
+    stream = Stream(settings, PercentilePolicy(settings, "entropy", spread=4.0), 2.0, 4, CPU)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        gates = stream.open_block(torch.randint(0, 9, (4, 1), generator=generator), torch.ones(4, 1).bool(), False)
+        torch.testing.assert_close(gates.sum(-1), torch.ones(4, 1))
+        logits = torch.randn(4, 1, 9, generator=generator) * 3
+        stream.close_block(logits, torch.rand(4, 1, generator=generator))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_shortest_chunks_allowed(most):
+    """L_min = L_max = 1 opens a chunk at every token; with L_min = 1 a change of class closes one at once."""
+    chunk = ChunkSettings(1, most, weights=(1, 0, 0, 0), smoothing=1.0, thresholds=(0.5,), hysteresis=0.0)
+    settings = Settings(RUNGS, block_tokens=1, chunk=chunk)
+    hard = [0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0]
+    logits = torch.where(torch.tensor(hard).bool()[:, None], 0.0, torch.tensor([30.0, 0, 0, 0]))[None]
+    stream = Stream(settings, FixedPolicy(settings), 1.0, 1, CPU)
+    drive(stream, torch.zeros(1, 13, dtype=torch.long), [13], logits, torch.zeros(1, 13), 1)
+    starts = stream.record()["opens"][0].nonzero()[:, 0].tolist()
+    # the class of a token is heard at the next one
+    expected, since, opened = [], 0, 0
+    for t, level in enumerate([0, *hard[:-1]]):
+        if t == 0 or t - since >= most or level != opened:
+            expected.append(t)
+            since, opened = t, level
+    assert starts == expected
+    if most == 1:
+        assert starts == list(range(13))
+
+
+def test_chunk_length_alone_decides_without_thresholds():
+    settings = Settings(RUNGS, chunk=ChunkSettings(2, 7, thresholds=()))
+    stream = Stream(settings, FixedPolicy(settings), 1.0, 1, CPU)
+    drive(stream, torch.arange(40)[None], [40], torch.randn(1, 40, 5), torch.rand(1, 40), 32)
+    assert stream.record()["opens"][0].nonzero()[:, 0].tolist() == list(range(0, 40, 7))
+
+
+levels = st.floats(0, 1, width=32)
+
+
+@given(levels, st.integers(0, 3), st.floats(0, 0.3), st.lists(levels, min_size=3, max_size=3).map(sorted))
+def test_class_changes_only_past_the_margin(complexity, level, margin, thresholds):
+    chunk = ChunkSettings(thresholds=tuple(thresholds), hysteresis=margin)
+    bounds = torch.tensor(chunk.thresholds)
+
+    def step(value, at):
+        return int(complexity_level(torch.tensor([value]), torch.tensor([at]), chunk, bounds))
+
+    after = step(complexity, level)
+    assert step(complexity, after) == after, "the same complexity again changes nothing"
+    assert 0 <= after <= 3
+    value = torch.tensor(complexity)
+    if after > level:
+        assert value > bounds[after - 1] + margin
+    if after < level:
+        assert value <= bounds[after] - margin
+    # no class in between could be kept: every threshold that was crossed was passed by the margin
+    if level < 3 and value > bounds[level] + margin:
+        assert after > level
+    if level > 0 and value <= bounds[level - 1] - margin:
+        assert after < level
+
+
+def test_complexity_within_the_margin_never_flaps():
+    chunk = ChunkSettings(thresholds=(0.5,), hysteresis=0.05)
+    level, seen = torch.tensor([0]), []
+    for value in [0.52, 0.46, 0.54, 0.56, 0.52, 0.46, 0.51, 0.44, 0.54, 0.46]:
+        level = complexity_level(torch.tensor([value]), level, chunk, torch.tensor([0.5]))
+        seen.append(int(level))
+    assert seen == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+
+def test_prompt_counts_as_hard_and_the_response_less_and_less():
+    settings = Settings(RUNGS, signals=SignalSettings(prior_decay_tokens=10), chunk=ChunkSettings(4, 4, thresholds=()))
+    stream = Stream(settings, FixedPolicy(settings), 0.0, 2, CPU, torch.tensor([12, 0]))
+    drive(stream, torch.zeros(2, 32, dtype=torch.long), [32, 32], torch.zeros(2, 32, 4), torch.zeros(2, 32), 8)
+    prior = stream.record()["held"][:, 4::4, PRIOR, 0]
+    assert (prior[0, :3] == 1).all()
+    assert (prior[0, 3:].diff() < 0).all()
+    assert (prior[1].diff() < 0).all()
+    first = stream.record()["first"][..., 1]
+    assert (first[0, :13] == 1).all()
+    assert first[1, 0] == 1, "without a prompt the response starts at the first token"
+    assert first[1, 1] < 1
+
+
+@given(settings_strategy(), batches(), st.data())
+def test_selected_rows_go_on_independently(settings, batch, data):
+    lengths = batch[1]
+    stream = run(settings, PositionPolicy(settings), batch)
+    index = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
+    copy = stream.select_rows(torch.tensor(index))
+    more = torch.arange(5).repeat(len(lengths), 1)
+    shape = (len(lengths), 5)
+    copy.open_block(more[index], torch.ones(len(index), 5, dtype=torch.bool), False)
+    stream.open_block(more, torch.ones(shape, dtype=torch.bool), False)
+    for name in ("positions", "opens", "rung", "scale", "held"):
+        assert torch.equal(copy.record()[name], stream.record()[name][index][:, -5:]), name
+
+
+@given(settings_strategy(), batches())
+def test_complexity_of_every_token_is_kept_by_position(settings, batch):
+    tokens, lengths, logits, attention, prompts = batch
+    stream = run(settings, PositionPolicy(settings), batch)
+    weights = torch.tensor(settings.chunk.weights)
+    for row, length in enumerate(lengths):
+        window, decay = settings.signals.novelty_window_tokens, settings.signals.prior_decay_tokens
+        novelty = torch.tensor(naive_novelty(tokens[row, :length].tolist(), window))
+        prior = positional_prior(torch.arange(length)[None], prompts[row, None], decay)[0]
+        signals = torch.stack([next_token_entropy(logits[row, :length]), novelty, attention[row, :length], prior], -1)
+        expected = (signals * weights).sum(-1) / weights.sum()
+        torch.testing.assert_close(stream.complexity[row, :length], expected, atol=1e-6, rtol=1e-5)
+        assert ((stream.complexity[row] >= 0) & (stream.complexity[row] <= 1)).all()

@@ -1,0 +1,177 @@
+"""`python -m runtime.generate`: streams, ends in one JSON line, and in one line for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from policy import ChunkSettings, Fingerprints, KnobCurve, KVSettings, PercentilePolicy, PolicyCheckpoint, Settings
+from runtime import build_ladder, load_adapter
+from runtime.adapter import WEIGHTS_NAME
+from runtime.fingerprint import adapter_fingerprint, model_fingerprint
+from runtime.generate.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = {"text", "tokens", "ms_per_token", "mean_rank", "kv_bytes", "kv_bytes_full", "chunks"}
+
+
+@pytest.fixture(scope="module")
+def policy(stories_path, stories_adapter, load_model, tmp_path_factory):
+    adapter = load_adapter(stories_adapter)
+    ladder = build_ladder(adapter, (2, 4, 8))
+    settings = Settings(
+        ladder.rungs, block_tokens=4, chunk=ChunkSettings(2, 6), kv=KVSettings(sink_pages=1, window_tokens=0)
+    )
+    prints = Fingerprints(
+        model=model_fingerprint(load_model(stories_path)),
+        adapter=adapter_fingerprint(adapter),
+        ladder=None,
+        shared=False,
+    )
+    folder = tmp_path_factory.mktemp("policies") / "policy"
+    curve = KnobCurve((0.3, 0.6, 1.0), (0.0, 1.0, 2.0))
+    PolicyCheckpoint(PercentilePolicy(settings, "complexity"), curve, (0.25, 0.5, 1.0), prints, 0.6).save(folder)
+    return folder
+
+
+@pytest.fixture
+def command(stories_path, stories_adapter, monkeypatch, capsys):
+    """`command(*more, model=..., adapter=...)`: runs the command in this process; (exit status, stdout, stderr)."""
+
+    def run(*more, model=stories_path, adapter=stories_adapter):
+        arguments = ["--model", model, "--adapter", adapter, "--prompt", "Once upon a time", "--max-new-tokens", "40"]
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, [*arguments, *more])])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_json_line_ends_the_stream(command, policy):
+    status, out, err = command("--policy", policy, "--json")
+    assert (status, err) == (0, "")
+    *streamed, last = out.splitlines()
+    result = json.loads(last)
+    assert set(result) == KEYS
+    assert "\n".join(streamed).strip() == result["text"].strip()
+    assert result["tokens"] == 40
+    assert result["ms_per_token"] > 0
+    assert 2 <= result["mean_rank"] <= 8
+    assert result["kv_bytes"] > 0
+    assert result["kv_bytes_full"] > 0
+    assert set(result["chunks"][0]) == {"start", "length", "signals", "rung", "scale", "kv_format"}
+    assert {page for chunk in result["chunks"] for page in chunk["kv_format"]} & {"int8", "int4"}
+
+
+def test_without_policy_or_with_the_whole_budget_all_is_full(command, policy):
+    results = []
+    for more in ((), ("--policy", policy, "--budget", "1.0"), ("--rung", "8")):
+        status, out, _ = command("--json", *more)
+        assert status == 0
+        results.append(json.loads(out.splitlines()[-1]))
+    assert {result["text"] for result in results} == {results[0]["text"]}
+    assert {result["mean_rank"] for result in results} == {8.0}
+    formats = {page for result in results for chunk in result["chunks"] for page in chunk["kv_format"]}
+    assert len(formats) == 1
+    assert not formats & {"int8", "int4"}
+
+
+def test_text_alone_without_json(command):
+    status, out, err = command("--dtype", "float32")
+    assert (status, err) == (0, "")
+    assert len(out.strip()) > 20
+    assert "{" not in out
+
+
+def test_single_token_has_no_time_between_tokens(command):
+    _, out, _ = command("--json", "--max-new-tokens", "1")
+    assert json.loads(out.splitlines()[-1])["ms_per_token"] is None
+
+
+def test_sampling_repeats_with_its_seed(command):
+    options = ("--do-sample", "--temperature", "1.2", "--seed")
+    first, again, other = (command(*options, seed)[1] for seed in ("1", "1", "2"))
+    assert first == again
+    assert first != other
+
+
+def test_repetition_penalty_changes_the_text(command):
+    assert command("--repetition-penalty", "1.8")[1] != command()[1]
+
+
+def damaged(folder, path, name=WEIGHTS_NAME):
+    shutil.copytree(folder, path)
+    weights = path / name
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return path
+
+
+MISTAKES = {
+    "model path": lambda f: ((), {"model": "/nowhere/model"}),
+    "model id": lambda f: ((), {"model": "some-user/no-such-model"}),
+    "relative model path": lambda f: ((), {"model": "./nowhere"}),
+    "bare model name": lambda f: ((), {"model": "no-such-model-anywhere"}),
+    "adapter path": lambda f: ((), {"adapter": "/nowhere/adapter"}),
+    "adapter id": lambda f: ((), {"adapter": "some-user/no-such-adapter"}),
+    "adapter of another model": lambda f: ((), {"adapter": f("llama_adapter")}),
+    "truncated adapter": lambda f: ((), {"adapter": damaged(f("stories_adapter"), f("tmp_path") / "adapter")}),
+    "truncated model": lambda f: (
+        (),
+        {"model": damaged(f("stories_path"), f("tmp_path") / "model", "model.safetensors")},
+    ),
+    "adapter given as model": lambda f: ((), {"model": f("stories_adapter")}),
+    "model given as adapter": lambda f: ((), {"adapter": f("stories_path")}),
+    "rung above the rank": lambda f: (("--rung", "9"), {}),
+    "negative rung": lambda f: (("--rung", "-1"), {}),
+    "negative budget": lambda f: (("--policy", f("policy"), "--budget", "-0.5"), {}),
+    "budget that is no number": lambda f: (("--policy", f("policy"), "--budget", "nan"), {}),
+    "budget without policy": lambda f: (("--budget", "0.5"), {}),
+    "latency without policy": lambda f: (("--latency-budget-ms", "5"), {}),
+    "latency without table": lambda f: (("--policy", f("policy"), "--latency-budget-ms", "5"), {}),
+    "budget and latency": lambda f: (("--policy", f("policy"), "--budget", "0.5", "--latency-budget-ms", "5"), {}),
+    "rung and policy": lambda f: (("--policy", f("policy"), "--rung", "4"), {}),
+    "policy path": lambda f: (("--policy", "/nowhere/policy"), {}),
+    "empty prompt": lambda f: (("--prompt", ""), {}),
+    "no tokens": lambda f: (("--max-new-tokens", "0"), {}),
+    "negative temperature": lambda f: (("--do-sample", "--temperature", "-1"), {}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistake_ends_in_one_line_and_status_two(mistake, command, request):
+    more, folders = mistake(request.getfixturevalue)
+    status, out, err = command(*more, **folders)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def run_python(*arguments):
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_as_a_process_without_warnings(stories_path, stories_adapter, policy):
+    done = run_python(
+        "-m", "runtime.generate", "--model", stories_path, "--adapter", stories_adapter, "--policy", policy,
+        "--budget", "0.5", "--prompt", "One day", "--max-new-tokens", "20", "--json",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(json.loads(done.stdout.splitlines()[-1])) == KEYS
+
+
+def test_as_a_process_with_a_mistake(stories_path):
+    done = run_python("-m", "runtime.generate", "--model", stories_path, "--adapter", "/nowhere", "--prompt", "One day")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: adapter: expected")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -1,0 +1,78 @@
+"""`forward` with blocks of one token and step-by-step decode take the same decisions, token for token."""
+
+import pytest
+import torch
+
+from policy import ChunkSettings, KVSettings, PercentilePolicy
+from runtime import build_ladder, load_adapter
+from runtime.adaptive import activate
+from tests.runtime.reference import row_of
+
+DOCUMENTS, TOKENS = 50, 96
+KV = KVSettings("int8", "int4", threshold=0.5, sink_pages=1, window_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def documents(pack_tokenizer, pack_documents):
+    texts = [document["completion"] for document in pack_documents("wikitext", 400)]
+    # lengths from 25 tokens or so up to the full 96
+    texts = [text[: 100 + 8 * i] for i, text in enumerate(text for text in texts if len(text) > 500)][:DOCUMENTS]
+    assert len(texts) == DOCUMENTS
+    return pack_tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
+
+
+def test_forward_by_single_tokens_equals_decode_on_fifty_documents(
+    documents, datapack, base_model_path, load_model, make_plan
+):
+    ids, mask = documents["input_ids"], documents["attention_mask"]
+    assert mask.sum(1).min() < mask.sum(1).max(), "documents of different lengths, padded on the left"
+    plan = make_plan(
+        build_ladder(load_adapter(datapack / "adapters" / "wikitext")),
+        lambda settings: PercentilePolicy(
+            settings, "entropy", torch.linspace(0, 0.7, 101), scales=torch.linspace(1.3, 1, 10), spread=5.0
+        ),
+        knob=4.5,
+        block_tokens=1,
+        chunk=ChunkSettings(2, 8),
+        kv=KV,
+    )
+    model = load_model(base_model_path)
+    with activate(model, plan) as run:
+        whole = model(ids, attention_mask=mask)
+        once = run.last.stream.record()
+        cache = run.new_cache(DOCUMENTS)
+        steps = [
+            model(ids[:, t, None], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in range(TOKENS)
+        ]
+        stepwise = run.last.stream.record()
+    assert once["rung"][once["real"]].unique().numel() == 10, "the policy visits every rung"
+    for row in range(DOCUMENTS):
+        one, other = row_of(once, row), row_of(stepwise, row)
+        assert len(one["rung"]) == mask[row].sum()
+        for name in ("positions", "opens", "rung", "scale", "active", "held_valid"):
+            assert torch.equal(one[name], other[name]), f"{name} of document {row}"
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(steps, 1)[real], whole.logits[real], atol=1e-4, rtol=0)
+
+
+def test_generated_tokens_are_decided_as_forward_decides_them(tiny_llama, llama_adapter, make_plan):
+    plan = make_plan(
+        build_ladder(load_adapter(llama_adapter)),
+        lambda settings: PercentilePolicy(settings, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
+        knob=1.6,
+        block_tokens=1,
+        chunk=ChunkSettings(2, 6),
+    )
+    prompt = torch.randint(3, 256, (3, 17), generator=torch.Generator().manual_seed(0))
+    with activate(tiny_llama, plan) as run:
+        sequences = tiny_llama.generate(prompt, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+        generated = run.last.stream.record()
+        cache = run.new_cache(3, prompt_tokens=torch.tensor([17, 17, 17]))
+        logits = tiny_llama(sequences[:, :-1], past_key_values=cache).logits
+        forward = run.last.stream.record()
+    assert generated["rung"].unique().numel() > 2
+    for name in ("positions", "opens", "rung", "scale", "held_valid"):
+        assert torch.equal(generated[name], forward[name]), name
+    # the end of sequence was forbidden in generate
+    logits[..., 2] = -torch.inf
+    assert torch.equal(logits[:, 16:].argmax(-1), sequences[:, 17:])

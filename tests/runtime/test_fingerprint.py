@@ -1,0 +1,38 @@
+"""A fingerprint follows the checkpoint, not its dtype; a policy of other numbers is another policy's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from runtime import load_adapter
+from runtime.fingerprint import adapter_fingerprint, model_fingerprint
+
+
+def test_model_has_one_identity_in_either_dtype(base_model_path, load_model):
+    full, half = (model_fingerprint(load_model(base_model_path, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    assert full == half
+    assert len(full) == 16
+
+
+def test_model_of_other_weights_names_or_shape_is_another(tiny_llama, tiny_llama_factory):
+    own = model_fingerprint(tiny_llama)
+    assert own == model_fingerprint(tiny_llama_factory())
+    with torch.no_grad():
+        tiny_llama.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    assert model_fingerprint(tiny_llama) != own
+    other = tiny_llama_factory()
+    other.config.num_key_value_heads = 4
+    assert model_fingerprint(other) != own
+
+
+@pytest.mark.parametrize("change", ["a", "b", "scale", "missing"])
+def test_adapter_of_other_factors_is_another(llama_adapter, change):
+    adapter = load_adapter(llama_adapter)
+    own = adapter_fingerprint(adapter)
+    assert own == adapter_fingerprint(load_adapter(llama_adapter))
+    name = "model.layers.0.self_attn.q_proj"
+    factors = adapter.modules.pop(name)
+    if change != "missing":
+        adapter.modules[name] = replace(factors, **{change: getattr(factors, change) * 1.5})
+    assert adapter_fingerprint(adapter) != own

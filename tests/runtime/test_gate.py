@@ -1,0 +1,116 @@
+"""The gate and its cross-fade equal their definition, computed one rung at a time, on every shape of rank table."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from policy import FADES, ChunkSettings
+from runtime import build_ladder, load_adapter
+from runtime.adapter import Adapter, LoraFactors
+from runtime.adaptive import activate
+from runtime.gate import AdaptedLinear, Gate
+from runtime.ladder import Ladder
+from tests.runtime.reference import PositionPolicy, definition_hooks, rung_by_rung, weights_of
+
+CPU = torch.device("cpu")
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def random_ladder(ranks: list[list[int]], seed: int) -> Ladder:
+    """`ranks` [M][J] non-decreasing, the last of each is the module's full rank."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for m, column in enumerate(ranks):
+        full = max(column[-1], 1)
+        draw = [torch.randn(*shape, generator=generator) / 4 for shape in ((full, 6 + m), (9, full))]
+        modules[f"m{m}"] = LoraFactors(*draw, 1.0)
+    ladder = build_ladder(Adapter(None, None, modules))
+    return Ladder("test", tuple(range(len(ranks[0]))), ladder.modules, torch.tensor(ranks).T.contiguous())
+
+
+columns = st.integers(1, 4).flatmap(
+    lambda rungs: st.lists(
+        st.lists(st.integers(0, 7), min_size=rungs, max_size=rungs).map(sorted), min_size=1, max_size=4
+    )
+)
+
+
+@given(columns, st.integers(1, 3), st.integers(1, 5), st.integers(0, 1000))
+def test_gated_update_is_the_weighted_sum_of_rungs(ranks, rows, tokens, seed):
+    ladder = random_ladder(ranks, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rungs = len(ladder.rungs)
+    active = int(torch.randint(rungs, (), generator=generator))
+    weights = torch.rand(rows, tokens, rungs, generator=generator)
+    weights[..., active + 1 :] = 0
+    gate = Gate(ladder, CPU)
+    gate.set(weights, active)
+    for m, (name, factors) in enumerate(ladder.modules.items()):
+        x = torch.randn(rows, tokens, factors.a.shape[1], generator=generator)
+        hook = AdaptedLinear(gate, gate.column[name], factors.a, factors.b)
+        got = hook(nn.Identity(), (x,), torch.zeros(rows, tokens, 9))
+        torch.testing.assert_close(got.double(), rung_by_rung(ladder, name, x, weights), **CLOSE)
+        # no more directions than the active rung has: what is not needed is not computed
+        assert gate.directions(gate.column[name]).shape[-1] == ranks[m][active]
+
+
+@given(columns, st.integers(0, 1000))
+def test_one_hot_weights_gate_exactly_a_prefix(ranks, seed):
+    ladder = random_ladder(ranks, seed)
+    gate = Gate(ladder, CPU)
+    for j in range(len(ladder.rungs)):
+        weights = torch.nn.functional.one_hot(torch.tensor([[j]]), len(ladder.rungs)) * 1.125
+        gate.set(weights, len(ladder.rungs) - 1)
+        for m, name in enumerate(ladder.modules):
+            expected = (torch.arange(ranks[m][-1]) < ranks[m][j]) * 1.125
+            assert torch.equal(gate.directions(gate.column[name])[0, 0], expected)
+
+
+def test_modules_of_equal_ranks_share_their_gate(llama_adapter):
+    gate = Gate(build_ladder(load_adapter(llama_adapter)), CPU)
+    assert set(gate.column.values()) == {0}
+
+
+def test_input_flattened_by_the_model_is_gated_token_by_token():
+    ladder = random_ladder([[1, 3]], seed=0)
+    gate = Gate(ladder, CPU)
+    weights = torch.rand(2, 5, 2)
+    gate.set(weights, 1)
+    factors = ladder.modules["m0"]
+    hook = AdaptedLinear(gate, 0, factors.a, factors.b)
+    x = torch.randn(2, 5, 6)
+    expected = hook(nn.Identity(), (x,), torch.zeros(2, 5, 9))
+    assert torch.equal(hook(nn.Identity(), (x.view(10, 6),), torch.zeros(10, 9)), expected.view(10, 9))
+
+
+# From length 2 on chunks open long before a fade of 4, 8 or 16 has ended.
+CHUNKS = {
+    "overlapping": ChunkSettings(2, 3),
+    "longer than the fade": ChunkSettings(17, 17),
+    "single": ChunkSettings(1, 1),
+}
+
+
+@pytest.mark.parametrize("fade", FADES)
+@pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS.keys())
+@pytest.mark.parametrize("varied", [False, True], ids=["uniform table", "table by module"])
+def test_forward_with_fades_equals_the_definition(
+    fade, chunk, varied, llama_adapter, varied_ladder, make_plan, tiny_llama_factory
+):
+    rungs = (0, 1, 3, 5, 8)
+    ladder = varied_ladder(llama_adapter, rungs) if varied else build_ladder(load_adapter(llama_adapter), rungs)
+    plan = make_plan(ladder, PositionPolicy, torch.tensor([0.0, 7.0]), chunk=chunk, fade_tokens=fade, block_tokens=5)
+    tokens = torch.randint(3, 256, (2, 61), generator=torch.Generator().manual_seed(fade))
+    model = tiny_llama_factory()
+    with activate(model, plan) as run:
+        logits = model(tokens).logits
+        record = run.last.stream.record()
+        weights = weights_of(record, plan.settings)
+        # the pass that measures training targets, without cache and blocks, gives the same
+        gated = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights.float())
+        torch.testing.assert_close(gated, logits, **CLOSE)
+    assert record["rung"].unique().numel() == len(rungs), "the case is to visit every rung"
+    with definition_hooks(model, ladder, weights), torch.no_grad():
+        torch.testing.assert_close(logits, model(tokens).logits, **CLOSE)

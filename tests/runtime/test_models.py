@@ -1,0 +1,157 @@
+"""Many architectures through the whole path: the top rung equals PEFT in logits and in greedy tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from runtime import adaptive, build_ladder, load_adapter
+from runtime.adaptive import activate
+from runtime.plan import STATIC_BLOCK_TOKENS, static_plan
+
+SHAPE = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+# Far shorter than the text, and no multiple of a page.
+WINDOW = 11
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama with biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, head_dim=12),
+    "gpt2": GPT2Config(
+        vocab_size=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
+    "mistral, sliding": MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "mistral, full": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen2, mixed": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=8),
+    "gemma2": Gemma2Config(
+        **SHAPE, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE,
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi": PhiConfig(**SHAPE),
+    "phi3": Phi3Config(**SHAPE, sliding_window=WINDOW),
+    "gpt-neox": GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def factory(request):
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(request.param).eval()
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """Rows of 70, 23 and 47 tokens, padded on the left."""
+    ids = torch.randint(3, 128, (3, 70), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(70) >= torch.tensor([0, 47, 23])[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_top_rung_equals_peft(factory, batch, implementation, make_peft_adapter, peft_load, tmp_path):
+    folder = make_peft_adapter(factory, tmp_path / "adapter", r=4)
+    model = factory()
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip("transformers runs this model with eager attention only")
+    model.set_attn_implementation(implementation)
+    options = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0}
+    with adaptive(model, folder):
+        logits, tokens = model(**batch).logits, model.generate(**batch, **options)
+    reference = peft_load(factory(), folder)
+    real = batch["attention_mask"].bool()
+    # a plain forward would count GPT-2's learned positions from the padding on
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = reference(**batch, position_ids=positions).logits
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=0)
+    assert torch.equal(tokens, reference.generate(**batch, **options))
+
+
+def test_prefill_in_small_blocks_equals_one_pass(factory, batch, make_peft_adapter, tmp_path):
+    """Windows, masks and positions hold across blocks that end inside pages and windows."""
+    plan = static_plan(build_ladder(load_adapter(make_peft_adapter(factory, tmp_path / "adapter", r=4))), 4)
+    assert plan.settings.block_tokens == STATIC_BLOCK_TOKENS
+    model, real = factory(), batch["attention_mask"].bool()
+    with activate(model, plan):
+        expected = model(**batch).logits
+    with activate(model, replace(plan, settings=replace(plan.settings, block_tokens=9))):
+        torch.testing.assert_close(model(**batch).logits[real], expected[real], atol=2e-5, rtol=1e-5)
+
+
+def test_model_without_the_attention_interface_is_refused_in_one_line(make_peft_adapter, tmp_path):
+    from transformers import FalconConfig
+
+    config = FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=2)
+
+    def make():
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    folder = make_peft_adapter(make, tmp_path / "adapter", r=2)
+    model = make()
+    with adaptive(model, folder), pytest.raises(ValueError, match="attention") as error:
+        model(torch.ones(1, 5).long())
+    assert "\n" not in str(error.value)
+
+
+def test_layer_type_without_full_or_sliding_attention_is_refused(tiny_llama, llama_adapter):
+    tiny_llama.config.layer_types = ["full_attention", "chunked_attention"]
+    with adaptive(tiny_llama, llama_adapter), pytest.raises(ValueError, match="chunked_attention"):
+        tiny_llama(torch.ones(1, 5).long())
+
+
+def test_opt_is_served(batch, make_peft_adapter, peft_load, tmp_path):
+    """OPT counts its positions from the mask, not from position_ids alone."""
+    config = OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=128, init_std=0.1, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+
+    def make():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    folder = make_peft_adapter(make, tmp_path / "adapter", r=4)
+    model = make()
+    with adaptive(model, folder):
+        logits = model(**batch).logits
+    with torch.no_grad():
+        expected = peft_load(make(), folder)(**batch).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=0)

@@ -1,0 +1,136 @@
+"""Every signal equals its definition in plain Python, lies in [0, 1], and streams in blocks of any size."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy import PAGE_TOKENS
+from runtime.signals import (
+    NO_TOKEN,
+    distant_attention,
+    history_tokens,
+    next_token_entropy,
+    ngram_novelty,
+    positional_prior,
+    roll_history,
+)
+from tests.runtime.reference import naive_entropy, naive_novelty
+
+numbers = st.floats(-80, 80, width=32)
+
+
+@given(st.integers(2, 9).flatmap(lambda v: st.lists(st.lists(numbers, min_size=v, max_size=v), min_size=1, max_size=4)))
+def test_entropy_equals_the_definition(rows):
+    got = next_token_entropy(torch.tensor(rows))
+    expected = torch.tensor([naive_entropy(row) for row in rows])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert ((got >= 0) & (got <= 1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [2, 257, 32000])
+def test_entropy_at_its_ends(dtype, vocabulary):
+    logits = torch.zeros(2, 3, vocabulary, dtype=dtype)
+    torch.testing.assert_close(next_token_entropy(logits), torch.ones(2, 3))
+    logits[..., 1] = 1e4
+    assert not next_token_entropy(logits).any()
+    assert next_token_entropy(logits).dtype == torch.float32
+
+
+def test_entropy_of_a_vocabulary_with_forbidden_tokens():
+    logits = torch.tensor([0.0, 0.0, -math.inf, -math.inf])
+    assert next_token_entropy(logits).item() == pytest.approx(0.5)
+
+
+texts = st.integers(1, 4).flatmap(
+    lambda rows: st.integers(1, 40).flatmap(
+        lambda length: st.lists(
+            st.lists(st.integers(0, 3), min_size=length, max_size=length), min_size=rows, max_size=rows
+        )
+    )
+)
+
+
+def stream_novelty(tokens, window, blocks):
+    history = torch.full((tokens.shape[0], history_tokens(window)), NO_TOKEN)
+    out = []
+    for block in tokens.split(blocks, dim=1):
+        out.append(ngram_novelty(history, block, window))
+        history = roll_history(history, block, torch.full((tokens.shape[0],), block.shape[1]))
+    return torch.cat(out, dim=1)
+
+
+@st.composite
+def split(draw, length):
+    blocks = []
+    while sum(blocks) < length:
+        blocks.append(draw(st.integers(1, length - sum(blocks))))
+    return blocks
+
+
+@given(texts, st.integers(1, 12), st.data())
+def test_novelty_equals_a_set_of_ngrams_however_it_is_split(rows, window, data):
+    tokens = torch.tensor(rows)
+    expected = torch.tensor([naive_novelty(row, window) for row in rows])
+    torch.testing.assert_close(stream_novelty(tokens, window, [tokens.shape[1]]), expected, atol=1e-6, rtol=0)
+    blocks = data.draw(split(tokens.shape[1]))
+    assert torch.equal(stream_novelty(tokens, window, blocks), stream_novelty(tokens, window, [tokens.shape[1]]))
+
+
+def test_novelty_of_plain_cases():
+    def novelty(text, window=256):
+        return stream_novelty(torch.tensor([text]), window, [len(text)])[0].tolist()
+
+    assert novelty([1, 2, 3, 4, 5]) == [1.0] * 5
+    assert novelty([7] * 6) == pytest.approx([1, 1, 1 / 2, 1 / 3, 0, 0])
+    assert novelty([1, 2, 1, 2, 1, 2]) == pytest.approx([1, 1, 1, 2 / 3, 1 / 3, 0])
+    # the first "1 2" has left a window of two tokens when the second one comes
+    assert novelty([1, 2, 3, 4, 5, 1, 2], window=2)[-1] == 1.0
+    # token 0 is a token like any other, not padding
+    assert novelty([0, 0, 0, 0, 0])[-1] == 0.0
+
+
+@given(texts, st.integers(1, 12))
+def test_novelty_never_looks_ahead(rows, window):
+    tokens = torch.tensor(rows)
+    whole = stream_novelty(tokens, window, [tokens.shape[1]])
+    for end in range(1, tokens.shape[1]):
+        assert torch.equal(stream_novelty(tokens[:, :end], window, [end]), whole[:, :end])
+
+
+@given(texts, st.data())
+def test_rolling_takes_the_real_tokens_of_every_row(rows, data):
+    tokens = torch.tensor(rows)
+    counts = [data.draw(st.integers(0, tokens.shape[1])) for _ in rows]
+    history = torch.arange(100, 105).repeat(len(rows), 1)
+    got = roll_history(history, tokens, torch.tensor(counts))
+    for row, count in enumerate(counts):
+        assert got[row].tolist() == [*history[row].tolist(), *rows[row][:count]][-5:]
+
+
+@given(st.integers(0, 30), st.integers(1, 80))
+def test_prior_is_one_in_the_prompt_and_then_decays(prompt, decay):
+    positions = torch.arange(60)[None]
+    prior = positional_prior(positions, torch.tensor([prompt]), decay)[0]
+    assert (prior[:prompt] == 1).all()
+    assert prior[prompt] == 1
+    assert (prior[prompt:].diff() <= 0).all()
+    expected = [math.exp(-i / decay) for i in range(60 - prompt)]
+    torch.testing.assert_close(prior[prompt:], torch.tensor(expected), atol=1e-6, rtol=1e-5)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 70), st.integers(0, 100))
+def test_distant_attention_is_the_mass_before_the_recent_pages(recent, heads, tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(2, heads, tokens, tokens, generator=generator).tril()
+    weights = weights / weights.sum(-1, keepdim=True)
+    positions = torch.arange(tokens).repeat(2, 1)
+    got = distant_attention(weights, positions, recent)
+    assert ((got >= 0) & (got <= 1)).all()
+    for t in range(tokens):
+        first_recent = (t // PAGE_TOKENS - (recent - 1)) * PAGE_TOKENS
+        expected = weights[:, :, t, : max(first_recent, 0)].sum(-1).mean(1)
+        torch.testing.assert_close(got[:, t], expected, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,109 @@
+"""Documents of a fit: parts that never share one, and a mask that scores completions alone."""
+
+import json
+
+import pytest
+import torch
+
+from runtime import load_tokenizer
+from training.documents import batches, load_corpus, make_batch
+from training.settings import FitSettings
+
+FIT = FitSettings(train_documents=12, validation_documents=6, test_documents=6, max_tokens=40, min_completion_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(case):
+    return load_tokenizer(case.model)
+
+
+def ids_of(part):
+    return {example["id"] for example in part}
+
+
+def text_of(part):
+    return {tuple(example["input_ids"]) for example in part}
+
+
+def write(path, count):
+    rows = ({"prompt": f"the {n}", "completion": " rank of a page is" * 3 + f" rung {n}"} for n in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_file_is_split_by_document(tmp_path, tokenizer, seed):
+    corpus = load_corpus(write(tmp_path / "all.jsonl", 40), tokenizer, FIT, seed)
+    parts = (corpus.train, corpus.validation, corpus.test)
+    assert [len(part) for part in parts] == [12, 6, 6]
+    assert len(set().union(*map(ids_of, parts))) == len(set().union(*map(text_of, parts))) == 24
+
+
+def test_the_split_follows_the_seed(tmp_path, tokenizer):
+    path = write(tmp_path / "all.jsonl", 40)
+    first, again, other = (load_corpus(path, tokenizer, FIT, seed) for seed in (0, 0, 1))
+    assert first == again
+    assert ids_of(first.test) != ids_of(other.test)
+
+
+def test_copies_of_a_document_stay_on_one_side(tmp_path, tokenizer):
+    path = tmp_path / "copies.jsonl"
+    once = write(path, 24)
+    path.write_text(path.read_text() * 3)
+    corpus = load_corpus(once, tokenizer, FIT, seed=0)
+    parts = [text_of(part) for part in (corpus.train, corpus.validation, corpus.test)]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+
+
+def test_a_datasets_own_splits_are_kept(case, tokenizer):
+    corpus = load_corpus(str(case.dataset), tokenizer, FIT, seed=0)
+    for name in ("train", "validation", "test"):
+        own = [json.loads(line) for line in (case.dataset / f"{name}.jsonl").read_text().splitlines()]
+        prompts = {document["prompt"] for document in own}
+        for example in getattr(corpus, name):
+            prompt = tokenizer.decode(example["input_ids"][: example["prompt_tokens"]], skip_special_tokens=True)
+            assert prompt in prompts
+
+
+def test_documents_are_cut_and_short_ones_left_out(tmp_path, tokenizer):
+    path = tmp_path / "mixed.jsonl"
+    long, short = " rank of a page" * 40, " a"
+    rows = [{"prompt": f"the {n}", "completion": short if n % 2 else long} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = load_corpus(str(path), tokenizer, FIT, seed=0)
+    for example in (*corpus.train, *corpus.validation, *corpus.test):
+        assert len(example["input_ids"]) == FIT.max_tokens
+
+
+@pytest.mark.parametrize(("count", "match"), [(2, "at least 3 different documents"), (0, "expected")])
+def test_too_little_text_is_refused_in_one_line(tmp_path, tokenizer, count, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        load_corpus(write(tmp_path / "few.jsonl", count), tokenizer, FIT, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_logits_that_predict_completion_tokens_are_scored(make_example):
+    examples = [make_example(n, p, seed=n) for n, p in ((9, 4), (6, 0), (7, 1), (5, 5))]
+    batch = make_batch(examples)
+    for row, example in enumerate(examples):
+        length, prompt = len(example["input_ids"]), example["prompt_tokens"]
+        for t in range(batch.tokens.shape[1]):
+            assert bool(batch.real[row, t]) == (t < length)
+            assert bool(batch.scored[row, t]) == (t + 1 < length and t + 1 >= prompt)
+            if t < length:
+                assert int(batch.tokens[row, t]) == example["input_ids"][t]
+    assert batch.prompt_tokens.tolist() == [4, 0, 1, 5]
+    assert batch.to(torch.device("cpu")).tokens is batch.tokens
+
+
+def test_batches_hold_every_document_once_with_like_lengths_together(make_example):
+    examples = [make_example(n, 0, seed=i) for i, n in enumerate((9, 30, 8, 31, 7, 29, 10))]
+    found = list(batches(examples, 3))
+    assert sorted(i for index, _ in found for i in index) == list(range(7))
+    assert [len(index) for index, _ in found] == [3, 3, 1]
+    assert [batch.tokens.shape[1] for _, batch in found] == [9, 30, 31]
+    for index, batch in found:
+        for row, i in enumerate(index):
+            assert batch.tokens[row, batch.real[row]].tolist() == examples[i]["input_ids"]

@@ -1,0 +1,197 @@
+"""`python -m training.evaluate`: its perplexity is PEFT's, and it is reported token by token and in blocks."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from policy import FixedPolicy, KnobCurve, PercentilePolicy, PolicyCheckpoint, Settings
+from runtime import load_adapter, load_model, load_tokenizer
+from runtime.fingerprint import adapter_fingerprint, model_fingerprint
+from training.documents import batches
+from training.evaluate import evaluate, load_examples, main, with_progress
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def base(case):
+    return load_model(case.model, dtype="float32", device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def examples(case, base):
+    return load_examples(str(case.dataset), "test", None, 64, base, load_tokenizer(case.model))
+
+
+@pytest.fixture(scope="module")
+def arguments(case):
+    return {
+        "model": str(case.model), "adapter": str(case.adapter), "dataset": str(case.dataset), "max_tokens": 64,
+        "dtype": "float32",
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def plain_perplexity(model, examples):
+    """exp of the mean negative log-likelihood of completion tokens, one document and one token at a time."""
+    nll, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor(example["input_ids"])
+        log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+        for t in range(max(1, example["prompt_tokens"]), len(ids)):
+            nll -= float(log_p[t - 1, ids[t]])
+            count += 1
+    return float(torch.tensor(nll / count, dtype=torch.float64).exp()), count
+
+
+@pytest.mark.parametrize("max_tokens", [64, 23])
+def test_perplexity_at_the_top_rung_is_that_of_pefts_merged_model(case, base, arguments, max_tokens):
+    from peft import PeftModel
+
+    given = {**arguments, "max_tokens": max_tokens}
+    found = {run.name: run for run in evaluate(**given)}
+    examples = load_examples(given["dataset"], "test", None, max_tokens, base, load_tokenizer(case.model))
+    without, count = plain_perplexity(base, examples)
+    fresh = load_model(case.model, dtype="float32", device=torch.device("cpu"))
+    merged = PeftModel.from_pretrained(fresh, case.adapter).merge_and_unload().eval()
+    full, _ = plain_perplexity(merged, examples)
+    assert abs(full / without - 1) > 0.01, "the adapter must matter for this to say anything"
+    assert found["no adapter"].perplexity == pytest.approx(without, rel=1e-4)
+    for name in ("full rank", "block 1", "block 512"):
+        assert found[name].perplexity == pytest.approx(full, rel=1e-4)
+        assert found[name].mean_rank == 8
+        assert (found[name].scored_tokens, found[name].documents) == (count, len(examples))
+    assert found["no adapter"].mean_rank == 0
+
+
+@pytest.fixture
+def moving_policy(case, base, tmp_path):
+    """A policy that moves between rungs, with 16-token blocks and a compressed KV cache."""
+    settings = Settings((2, 4, 6, 8), block_tokens=16)
+    settings = replace(settings, kv=replace(settings.kv, sink_pages=0, window_tokens=16, threshold=0.0))
+    fingerprints = {
+        "model": model_fingerprint(base), "adapter": adapter_fingerprint(load_adapter(case.adapter)), "ladder": None,
+        "shared": False,
+    }  # fmt: skip
+    policy = PercentilePolicy(settings, "prior", spread=1.5)
+    curve = KnobCurve((0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0))
+    PolicyCheckpoint(policy, curve, (0.25, 0.5, 0.75, 1.0), fingerprints, 0.5).save(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+def test_a_policy_is_reported_token_by_token_and_in_its_own_blocks(arguments, moving_policy):
+    found = {run.name: run for run in evaluate(**arguments, policy=moving_policy)}
+    assert list(found) == ["no adapter", "full rank", "block 1", "block 16"]
+    assert [run.block_tokens for run in found.values()][2:] == [1, 16]
+    for name in ("block 1", "block 16"):
+        run = found[name]
+        assert 2 < run.mean_rank < 8
+        assert run.prompt_mean_rank is not None
+        assert run.kv_bytes < found["full rank"].kv_bytes
+        assert run.kv_bytes_full == found["full rank"].kv_bytes_full
+        assert run.ms_per_token > 0
+    # A block of 16 knows the signals of its own tokens only afterwards: other decisions, other numbers.
+    assert found["block 1"].mean_rank != found["block 16"].mean_rank
+
+
+def test_the_block_can_be_chosen_and_one_is_measured_once(arguments, moving_policy):
+    names = [run.name for run in evaluate(**arguments, policy=moving_policy, block_tokens=8, limit=3)]
+    assert names[2:] == ["block 1", "block 8"]
+    names = [run.name for run in evaluate(**arguments, policy=moving_policy, block_tokens=1, limit=3)]
+    assert names[2:] == ["block 1"]
+
+
+def test_a_budget_moves_the_mean_rank_and_a_rung_fixes_it(arguments, moving_policy):
+    low, high = (
+        evaluate(**arguments, policy=moving_policy, budget=budget, limit=4)[-1].mean_rank for budget in (0.25, 1.0)
+    )
+    assert low < high == 8
+    assert evaluate(**arguments, rung=4, limit=4)[-1].mean_rank == 4
+
+
+def test_scored_tokens_and_mean_rank_are_those_of_a_naive_count(base, case, examples, arguments):
+    """A fixed rung in the policy and the start rung on top: the mean rank counts both, over scored positions alone."""
+    settings = Settings((2, 8), block_tokens=8, fade_tokens=1)
+    prints = {
+        "model": model_fingerprint(base), "adapter": adapter_fingerprint(load_adapter(case.adapter)), "ladder": None,
+        "shared": False,
+    }  # fmt: skip
+    checkpoint = PolicyCheckpoint(FixedPolicy(settings), None, (0.25, 1.0), prints, 0.25)
+    (*_, run) = evaluate(**arguments, policy=checkpoint)
+    ranks, prompt_ranks = [], []
+    for example in examples:
+        length, prompt = len(example["input_ids"]), example["prompt_tokens"]
+        # The top rung until the first chunk that opens after the first block.
+        ranks += [t for t in range(length - 1) if t + 1 >= prompt]
+        prompt_ranks += list(range(prompt))
+    assert run.scored_tokens == len(ranks)
+    assert 2 < run.mean_rank < 8
+    # A chunk of at most 16 tokens stands when the first block of 8 is complete.
+    bounds = [sum(8 if t < limit else 2 for t in ranks) / len(ranks) for limit in (8, 16)]
+    assert bounds[0] <= run.mean_rank <= bounds[1]
+    bounds = [sum(8 if t < limit else 2 for t in prompt_ranks) / len(prompt_ranks) for limit in (8, 16)]
+    assert bounds[0] <= run.prompt_mean_rank <= bounds[1]
+
+
+def command(arguments, **changes):
+    return [f"--{name}={value}" for name, value in {**arguments, **changes}.items()]
+
+
+def test_the_command_prints_a_table_and_ends_in_json(arguments, moving_policy, capsys):
+    main([*command(arguments, policy=moving_policy), "--limit=5", "--max-tokens=40", "--json"])
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(last)
+    assert list(result["runs"]) == ["no adapter", "full rank", "block 1", "block 16"]
+    assert result["max_tokens"] == 40
+    assert all(run["documents"] == 5 for run in result["runs"].values())
+    shown = "\n".join(table)
+    for run in result["runs"].values():
+        assert f"{run['perplexity']:.4f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": "/nowhere/model"}, "/nowhere/model"),
+        ({"adapter": "/nowhere/adapter"}, "/nowhere/adapter"),
+        ({"policy": "/nowhere/policy"}, "/nowhere/policy"),
+        ({"dataset": "/nowhere/text.jsonl"}, "/nowhere/text.jsonl"),
+        ({"split": "dev"}, "split"),
+        ({"limit": 0}, "limit"),
+        ({"rung": 9}, "expected ranks up to the adapter's 8, got 9"),
+        ({"budget": -0.5}, "budget: expected a number in [0, 1]"),
+        ({"budget": 0.5}, "expected a policy"),
+        ({"block_tokens": 0}, "block_tokens: expected"),
+        ({"max_tokens": 4096}, "expected at most the model's context of 512, got 4096"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_ends_in_one_line(change, says, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command(arguments, **change))
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert says in errors
+
+
+@pytest.mark.parametrize(("patience_seconds", "terminal"), [(2.0, True), (-1.0, False), (-1.0, True)])
+def test_a_bar_appears_after_two_seconds_on_a_terminal(monkeypatch, patience_seconds, terminal):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal)
+    monkeypatch.setattr("training.evaluate.Console", lambda **_: console)
+    monkeypatch.setattr("training.evaluate.PATIENCE_SECONDS", patience_seconds)
+    assert list(with_progress([1, 2, 3], "block 1")) == [1, 2, 3]
+    assert ("block 1" in shown.getvalue()) == (patience_seconds < 0 and terminal)
+    assert bool(shown.getvalue()) == (patience_seconds < 0 and terminal)
+
+
+def test_batches_cover_the_documents(examples):
+    assert sorted(i for index, _ in batches(examples, 8) for i in index) == list(range(len(examples)))

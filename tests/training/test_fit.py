@@ -1,0 +1,266 @@
+"""`python -m training.fit` as a user meets it: what it writes, what it reuses, how it survives and how it refuses."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from policy import PolicyCheckpoint
+from runtime import generate, load_model, load_tokenizer
+from training.fit import main, make_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVES = ("fixed", "percentile", "learned", "random", "oracle")
+CHANGES = {"amounts.shard_documents": 1, "amounts.epochs": 6}
+
+
+@pytest.fixture(scope="module")
+def fitted(case, tmp_path_factory) -> Path:
+    """Output of one uninterrupted fit."""
+    output = tmp_path_factory.mktemp("fit") / "out"
+    main(case.arguments(output, **CHANGES))
+    return output
+
+
+def summary_of(output: Path) -> dict:
+    return json.loads((output / "summary.json").read_text())
+
+
+def without_latency(curves: dict) -> dict:
+    return {
+        name: [{key: value for key, value in row.items() if key != "latency_ms"} for row in rows]
+        for name, rows in curves.items()
+    }
+
+
+def shards(output: Path) -> dict[str, int]:
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("shard-*.safetensors")}
+
+
+def test_the_output_folder_holds_what_was_promised_and_no_scratch_files(fitted):
+    names = {path.name for path in fitted.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert events
+    assert names - events <= {
+        "summary.json", "policy", "learned", "tradeoff.csv", "tradeoff.png", "targets", "checkpoints", "latency.json",
+        "hparams.yaml", "round-0", "round-1",
+    }  # fmt: skip
+    assert {"summary.json", "policy", "tradeoff.csv", "tradeoff.png", "targets"} <= names
+    assert not [path for path in fitted.rglob("*") if path.name.startswith(".") or path.suffix in (".pt", ".ckpt")]
+    assert (fitted / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_has_every_key_and_only_finite_numbers(fitted, case):
+    summary = summary_of(fitted)
+    keys = {"model", "adapter", "ladder", "rungs", "versions", "seed", "curves", "area", "headroom", "captured"}
+    assert keys | {"exported"} <= summary.keys()
+    assert (summary["model"], summary["adapter"]) == (str(case.model), str(case.adapter))
+    assert summary["rungs"] == [2, 4, 6, 8]
+    assert {"torch", "lightning", "transformers"} <= summary["versions"].keys()
+    assert tuple(summary["curves"]) == tuple(summary["area"]) == CURVES
+    for name, rows in summary["curves"].items():
+        assert len(rows) == 3, "every rung but the top, which is exact"
+        for row in rows:
+            assert {"mean_rank", "kl", "latency_ms"} <= row.keys()
+            assert all(math.isfinite(value) for value in row.values())
+            assert 2 <= row["mean_rank"] <= 8
+            assert row["kl"] >= 0
+            assert ("log_lambda" in row) == (name == "learned")
+    low, high = summary["captured"]["interval_95"]
+    assert low <= high
+    assert summary["exported"] in ("learned", "fixed")
+
+
+def test_no_policys_prompt_runs_above_the_baselines(fitted):
+    curves = summary_of(fitted)["curves"]
+    for name in CURVES:
+        for row, fixed in zip(curves[name], curves["fixed"], strict=True):
+            assert row["prompt_mean_rank"] <= fixed["prompt_mean_rank"] + 1e-6
+
+
+def test_the_csv_repeats_the_curves(fitted):
+    with (fitted / "tradeoff.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    curves = summary_of(fitted)["curves"]
+    expected = [(name, row["mean_rank"], row["kl"]) for name, points in curves.items() for row in points]
+    assert [(row["policy"], float(row["mean_rank"]), float(row["kl"])) for row in rows] == expected
+
+
+def test_the_policy_loads_and_serves(fitted, case):
+    checkpoint = PolicyCheckpoint.load(fitted / "policy")
+    assert checkpoint.policy.kind == summary_of(fitted)["exported"]
+    model, tokenizer = load_model(case.model, device=torch.device("cpu")), load_tokenizer(case.model)
+    arguments = {"policy": fitted / "policy", "tokenizer": tokenizer, "max_new_tokens": 8, "do_sample": False}
+    for budget in (None, 0.0, 0.5, 1.0):
+        found = generate(model, case.adapter, "Say: the rank of a page", budget=budget, **arguments)
+        assert 1 <= found.tokens[0] <= 8
+        assert 2 <= found.mean_rank <= 8
+    assert found.mean_rank == 8
+
+
+def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fitted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    scalars, images, hparams = {}, set(), {}
+    for folder in {path.parent for path in fitted.rglob("events.out.tfevents.*")}:
+        events = EventAccumulator(str(folder)).Reload()
+        found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        scalars |= {tag: values for tag, values in found.items() if len(values) >= len(scalars.get(tag, ()))}
+        images |= set(events.Tags()["images"])
+        if "_hparams_/session_start_info" in events.summary_metadata:
+            content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+            hparams |= dict(HParamsPluginData.FromString(content).session_start_info.hparams)
+    for stage in ("train", "validation"):
+        for name in ("loss", "kl", "mean_rank", "latency_ms"):
+            assert len(scalars[f"{stage}/{name}"]) == CHANGES["amounts.epochs"], "one value an epoch"
+    assert images == {"tradeoff"}
+    for name in CURVES:
+        assert len(scalars[f"tradeoff/{name}_kl"]) == 3
+    assert {"hp/quality", "hp/latency"} <= scalars.keys()
+    assert {"adapter", "seed", "learning_rate"} <= hparams.keys()
+
+
+def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case):
+    before, first = shards(fitted), summary_of(fitted)
+    main(case.arguments(fitted, **CHANGES))
+    assert shards(fitted) == before, "no shard written again, none added"
+    # The latency table was kept, so that even milliseconds are the same.
+    for key in ("curves", "area", "headroom", "captured", "exported", "kl_at"):
+        assert summary_of(fitted)[key] == first[key], key
+
+
+def finish_line(output: Path, stage: str) -> bool:
+    """Whether a running fit has got to `stage`."""
+    if stage == "targets":
+        return any(output.glob("targets/tables-*/shard-00002.json"))
+    return any(output.glob("checkpoints/round-1-*/last/checkpoint.json"))
+
+
+@pytest.mark.parametrize("stage", ["targets", "training"])
+def test_killed_half_way_and_run_again_it_ends_as_if_nothing_had_happened(fitted, case, tmp_path, stage):
+    arguments = case.arguments(tmp_path / "out", **CHANGES)
+    # Sums in fp32 depend on the number of threads.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.fit", *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not finish_line(tmp_path / "out", stage) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert not (tmp_path / "out" / "summary.json").exists()
+    left = shards(tmp_path / "out")
+    assert 0 < len(left) < len(shards(fitted))
+
+    main(arguments)
+    whole = [path for path in left if (tmp_path / "out" / path).with_suffix(".json").exists()]
+    after = shards(tmp_path / "out")
+    assert after.keys() == shards(fitted).keys(), "same names: nothing depends on where it was killed"
+    assert sum(after[path] == left[path] for path in whole) >= len(left) - 1, "at most the last shard is made again"
+    resumed, uninterrupted = summary_of(tmp_path / "out"), summary_of(fitted)
+    assert without_latency(resumed["curves"]) == without_latency(uninterrupted["curves"])
+    for key in ("area", "headroom", "captured", "exported", "kl_at"):
+        assert resumed[key] == uninterrupted[key], key
+
+
+@pytest.fixture
+def truncated(case, tmp_path):
+    """A copy of the adapter whose weight file lost its second half."""
+    folder = tmp_path / "truncated"
+    folder.mkdir()
+    for path in case.adapter.iterdir():
+        if path.is_file():
+            data = path.read_bytes()
+            (folder / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    return folder
+
+
+@pytest.fixture
+def truncated_model(case, tmp_path):
+    folder = tmp_path / "truncated-model"
+    folder.mkdir()
+    for path in case.model.iterdir():
+        data = path.read_bytes()
+        (folder / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    return folder
+
+
+@pytest.fixture
+def empty(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": "/nowhere/model"}, "/nowhere/model"),
+        ({"model": "truncated_model"}, "expected whole files"),
+        ({"adapter": "/nowhere/adapter"}, "/nowhere/adapter"),
+        ({"adapter": "other_adapter"}, "it is of another model"),
+        ({"adapter": "truncated"}, "expected"),
+        ({"dataset": "empty"}, "expected"),
+        ({"dataset": "/nowhere/text.jsonl"}, "/nowhere/text.jsonl"),
+        ({"rungs": "[4,16]"}, "expected ranks up to the adapter's 8, got 16"),
+        ({"rungs": "[-1,4]"}, "expected ranks of at least 0"),
+        ({"dtype": "float8"}, "dtype: expected one of"),
+        ({"fade_tokens": 3}, "fade_tokens: expected one of"),
+        ({"block_tokens": 0}, "block_tokens: expected"),
+        ({"amounts.min_completion_tokens": 63}, "completion tokens"),
+        ({"amounts.epochs": 0}, "epochs: expected"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(change, says, case, tmp_path, capsys, request):
+    def resolve(value):
+        if value == "other_adapter":
+            return case.other_adapter
+        return request.getfixturevalue(value) if value in ("truncated", "truncated_model", "empty") else value
+
+    output = tmp_path / "runs" / "out"
+    with pytest.raises(SystemExit) as caught:
+        main(case.arguments(output, **{name: resolve(value) for name, value in change.items()}))
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert errors.startswith("error: ")
+    assert says in errors
+    assert not output.parent.exists()
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--config", "--print_config", "--seed", "--model", "--adapter", "--dataset", "--output"):
+        assert flag in shown
+    assert "--trainer.devices" in shown
+
+
+def test_a_printed_configuration_reads_back_as_the_same_arguments(case, tmp_path, capsys):
+    arguments = [*case.arguments(tmp_path / "out", **CHANGES), "--seed=7", "--chunk.max_tokens=9", "--rungs=[2,8]"]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--print_config"])
+    assert caught.value.code == 0
+    config = tmp_path / "config.yaml"
+    config.write_text(capsys.readouterr().out)
+    parser = make_parser()
+    direct, through_file = (parser.parse_args(given) for given in (arguments, ["--config", str(config)]))
+    for parsed in (direct, through_file):
+        parsed.pop("config")
+    assert direct == through_file
+    assert (direct.seed, direct.chunk.max_tokens, direct.rungs) == (7, 9, [2, 8])

@@ -1,0 +1,95 @@
+"""Held-out scores come from real runs: at a fixed rung they are PEFT's, and every sum is per document."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from policy import FixedPolicy, PercentilePolicy, Settings
+from runtime.adaptive import activate
+from runtime.export import export_rung
+from runtime.plan import RunPlan, static_plan
+from training.measure import HeldOut
+from training.targets import damage_table
+
+
+@pytest.fixture
+def examples(make_example):
+    return [make_example(n, p, seed=n) for n, p in ((31, 6), (18, 0), (40, 13), (25, 1), (12, 4))]
+
+
+@pytest.fixture
+def held_out(tiny_llama, ladder, examples):
+    return HeldOut(tiny_llama, ladder, examples, rows=2)
+
+
+@pytest.fixture
+def small_settings(ladder):
+    return Settings(ladder.rungs, block_tokens=8, fade_tokens=1)
+
+
+@torch.no_grad()
+def peft_log_p(factory, folder, ids):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(factory(), folder).eval()(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def test_a_fixed_rung_scores_what_pefts_adapter_does(
+    held_out, ladder, examples, small_settings, tiny_llama_factory, llama_adapter, tmp_path
+):
+    rung = 1
+    scores = held_out.measure(FixedPolicy(small_settings), replace(small_settings, start_rung=rung), float(rung))
+    folder = export_rung(ladder, ladder.rungs[rung], tmp_path / "rung")
+    for d, example in enumerate(examples):
+        ids, prompt = example["input_ids"], example["prompt_tokens"]
+        full, cut = (peft_log_p(tiny_llama_factory, path, ids) for path in (llama_adapter, folder))
+        scored = [t for t in range(len(ids) - 1) if t + 1 >= prompt]
+        kl = float((full.exp() * (full - cut)).sum(-1)[scored].sum())
+        assert scores.kl[d] == pytest.approx(kl, rel=1e-3, abs=1e-3)
+        assert scores.nll[d] == pytest.approx(-sum(float(cut[t, ids[t + 1]]) for t in scored), rel=1e-4)
+        assert scores.tokens[d] == len(scored)
+        assert scores.rungs[d].tolist() == [0, len(scored), 0, 0]
+        assert (scores.prompt_tokens[d], scores.prompt_rank[d]) == (prompt, 4 * prompt)
+    rung_rank = ladder.mean_rank().double().numpy()
+    assert scores.mean_rank(rung_rank) == scores.mean_prompt_rank() == 4
+
+
+def test_the_top_rung_loses_nothing(held_out, small_settings):
+    scores = held_out.measure(FixedPolicy(small_settings), small_settings, 3.0)
+    assert scores.mean_kl() < 1e-6
+
+
+def test_a_policy_that_moves_is_scored_in_the_run_it_takes(held_out, ladder, examples, small_settings, tiny_llama):
+    """Every document run alone, KL from its own logits, rungs from its own record: batching changes nothing."""
+    policy, knob = PercentilePolicy(small_settings, "prior", spread=2.0), 1.0
+    scores = held_out.measure(policy, small_settings, knob)
+    top = RunPlan(ladder, FixedPolicy(small_settings), small_settings, 3.0)
+    for d, example in enumerate(examples):
+        ids, found = torch.tensor([example["input_ids"]]), []
+        for plan in (top, RunPlan(ladder, policy, small_settings, knob)):
+            with activate(tiny_llama, plan) as run:
+                cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
+                found.append(run.forward(ids, past_key_values=cache).logits[0].double().log_softmax(-1))
+        full, mixed = found
+        scored = torch.arange(1, ids.shape[1]) >= example["prompt_tokens"]
+        kl = (full.exp() * (full - mixed)).sum(-1)[:-1][scored].sum()
+        assert scores.kl[d] == pytest.approx(float(kl), rel=1e-3, abs=1e-4)
+        active = cache.stream.record()["active"][0, :-1][scored]
+        assert scores.rungs[d].tolist() == torch.bincount(active, minlength=4).tolist()
+    assert (scores.rungs.sum(0) > 0).sum() > 1, "the policy must move for this to say anything"
+
+
+def test_the_oracle_meets_the_mean_rank_and_beats_the_fixed_rung(held_out, tiny_llama, ladder, examples):
+    settings = Settings(ladder.rungs, block_tokens=1, fade_tokens=1, start_rung=0)
+    settings = replace(settings, chunk=replace(settings.chunk, min_tokens=1, max_tokens=1))
+    scales = torch.ones(len(ladder.rungs))
+    with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1])) as run:
+        tables = damage_table(run, examples, scales[:, None])
+    scores = held_out.with_tables(tables, scales, window=1).measure_oracle(settings, 4.0)
+    rung_rank = ladder.mean_rank().double().numpy()
+    assert 3.0 < scores.mean_rank(rung_rank) <= 4.3
+    fixed = held_out.measure(FixedPolicy(settings), replace(settings, start_rung=1), 1.0)
+    assert scores.mean_kl() < fixed.mean_kl()
+    without_prompt = [d for d, example in enumerate(examples) if not example["prompt_tokens"]]
+    assert not scores.prompt_tokens[without_prompt].any()

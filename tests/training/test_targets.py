@@ -1,0 +1,215 @@
+"""Targets are what PEFT itself says: KL of every rung, alone and through the cache, and the chunks of real runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from policy import SIGNALS, STATS, ChunkSettings, PercentilePolicy, Settings
+from runtime.adaptive import activate
+from runtime.export import export_rung
+from runtime.plan import RunPlan
+from training.documents import make_batch
+from training.samples import LaterDamage, Samples, chunk_samples, measure_later_damage
+from training.settings import FitSettings
+from training.targets import Trajectory, damage_table, later_damage, token_kl, trajectories
+
+GRID = (1.0, 1.2)
+NATS = {"atol": 2e-5, "rtol": 1e-3}
+"""Logits of the two agree within 1e-4 (see tests/runtime/test_export.py). KL d moves by sqrt(2 d) times that."""
+
+
+@pytest.fixture(scope="module")
+def peft_model(ladder, tiny_llama_factory, tmp_path_factory):
+    """`peft_model(rung index, scale)`: `tiny_llama` with PEFT's own copy of that rung."""
+    from peft import PeftModel
+
+    folder = tmp_path_factory.mktemp("rungs")
+
+    def load(rung: int, scale: float = 1.0):
+        path = folder / f"{rung}-{scale}"
+        if not path.exists():
+            export_rung(ladder, ladder.rungs[rung], path, scale=scale)
+        return PeftModel.from_pretrained(tiny_llama_factory(), path).eval()
+
+    return load
+
+
+def kl(full_logits, logits):
+    """KL(full || other) in float64 from its definition: [..., V] twice -> [...]."""
+    p, q = (x.double().softmax(-1) for x in (full_logits, logits))
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+@torch.no_grad()
+def logits_of(model, ids, **kwargs):
+    return model(torch.tensor([ids]), **kwargs).logits[0]
+
+
+def test_token_kl_is_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    full, other = torch.randn(2, 5, 30, generator=generator)
+    torch.testing.assert_close(token_kl(full.log_softmax(-1), other).double(), kl(full, other), atol=1e-6, rtol=1e-5)
+    assert (token_kl(full.log_softmax(-1), full) >= 0).all()
+
+
+def test_the_damage_table_equals_what_pefts_adapters_give(full_rank_run, ladder, make_example, peft_model):
+    examples = [make_example(23, 5, seed=1), make_example(40, 0, seed=2)]
+    scales = torch.tensor(GRID).expand(len(ladder.rungs), -1)
+    tables = damage_table(full_rank_run, examples, scales)
+    top = len(ladder.rungs) - 1
+    for example, table in zip(examples, tables, strict=True):
+        ids = example["input_ids"]
+        assert table.shape == (len(ids), len(ladder.rungs), len(GRID))
+        full = logits_of(peft_model(top), ids)
+        for rung in range(top):
+            for g, scale in enumerate(GRID):
+                expected = kl(full, logits_of(peft_model(rung, scale), ids))
+                assert expected.mean() > 0.01, "the rungs must differ for this to say anything"
+                torch.testing.assert_close(table[:, rung, g].double(), expected, **NATS)
+        assert not table[:, top].any()
+
+
+def test_scales_may_differ_by_rung(full_rank_run, ladder, make_example):
+    example = [make_example(20, seed=3)]
+    scales = torch.tensor([[1.2], [1.1], [1.0], [1.0]])
+    (one,) = damage_table(full_rank_run, example, scales)
+    (all_of_them,) = damage_table(full_rank_run, example, torch.tensor([1.0, 1.1, 1.2]).expand(4, -1))
+    for rung, column in enumerate((2, 1, 0, 0)):
+        torch.testing.assert_close(one[:, rung, 0], all_of_them[:, rung, column], atol=1e-5, rtol=1e-4)
+
+
+def mixed_kl(peft_model, rung, top, ids, start, end):
+    """KL at every token when `rung` handles [start, end) and the full rank the rest: three PEFT models, one cache."""
+    full, cut = peft_model(top), peft_model(rung)
+    cache, parts = DynamicCache(), []
+    for model, part in ((full, ids[:start]), (cut, ids[start:end]), (full, ids[end:])):
+        if part:
+            parts.append(logits_of(model, part, past_key_values=cache, use_cache=True))
+    return kl(logits_of(full, ids), torch.cat(parts))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 6), (10, 17), (24, 40)])
+def test_later_damage_is_what_reaches_later_tokens_through_the_cache(
+    full_rank_run, ladder, make_example, peft_model, start, end
+):
+    example, horizon, top = make_example(40, 4, seed=5), 12, len(ladder.rungs) - 1
+    immediate, later = later_damage(full_rank_run, example, start, end, horizon)
+    assert immediate[top] == later[top] == 0
+    for rung in range(top):
+        expected = mixed_kl(peft_model, rung, top, example["input_ids"], start, end)
+        torch.testing.assert_close(immediate[rung].double(), expected[start:end].sum(), **NATS)
+        torch.testing.assert_close(later[rung].double(), expected[end : end + horizon].sum(), **NATS)
+    assert (later[0] > 0) == (end < 40)
+
+
+def test_immediate_damage_of_a_whole_document_is_its_damage_table(full_rank_run, ladder, make_example):
+    example = make_example(25, seed=6)
+    (table,) = damage_table(full_rank_run, [example], torch.ones(len(ladder.rungs), 1))
+    immediate, later = later_damage(full_rank_run, example, 0, 25, 64)
+    torch.testing.assert_close(immediate, table[..., 0].sum(0), atol=1e-4, rtol=1e-4)
+    assert not later.any()
+
+
+@pytest.fixture
+def moving_plan(ladder):
+    """A policy that really moves between rungs, with short chunks and blocks."""
+    settings = Settings(ladder.rungs, block_tokens=8, chunk=ChunkSettings(min_tokens=2, max_tokens=7))
+    return RunPlan(ladder, PercentilePolicy(settings, "prior", spread=3.0), settings, 0.5)
+
+
+def test_trajectories_are_the_chunks_of_every_document_run_alone(tiny_llama, moving_plan, make_example):
+    examples = [make_example(n, p, seed=n) for n, p in ((30, 0), (41, 9), (17, 3))]
+    with activate(tiny_llama, moving_plan) as run:
+        found, ranks = trajectories(run, make_batch(examples), moving_plan.knob), set()
+        for example, path in zip(examples, found, strict=True):
+            length = len(example["input_ids"])
+            cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
+            run.forward(torch.tensor([example["input_ids"]]), past_key_values=cache)
+            chunks = run.trace(0, length)
+            ranks |= {chunk.rung for chunk in chunks}
+            assert path.starts.tolist() == [chunk.start for chunk in chunks]
+            assert path.complexity.shape == (length,)
+            torch.testing.assert_close(path.complexity, cache.stream.complexity[0], atol=1e-5, rtol=0)
+            for features, chunk in zip(path.features, chunks, strict=True):
+                for s, signal in enumerate(SIGNALS):
+                    known = chunk.signals[signal]
+                    assert bool(features[len(SIGNALS) * len(STATS) + s]) == (known is not None)
+                    expected = [0.0] * 3 if known is None else [known[stat] for stat in STATS]
+                    torch.testing.assert_close(features[3 * s : 3 * s + 3], torch.tensor(expected), atol=1e-5, rtol=0)
+    assert len(ranks) > 1
+
+
+def test_trajectories_take_a_knob_per_row(tiny_llama, moving_plan, make_example):
+    """Where the rung moves entropy, the path of a row depends on its own knob and on no other row's."""
+    examples = [make_example(40, seed=8)] * 2
+    with activate(tiny_llama, moving_plan) as run:
+        cheap, dear = trajectories(run, make_batch(examples), torch.tensor([-3.0, 6.0]))
+        alone = [trajectories(run, make_batch(examples[:1]), knob)[0] for knob in (-3.0, 6.0)]
+    for together, single in zip((cheap, dear), alone, strict=True):
+        torch.testing.assert_close(together.features, single.features, atol=1e-5, rtol=0)
+    assert not torch.allclose(cheap.complexity, dear.complexity, atol=1e-4)
+
+
+def naive_samples(example, path, table, ratio):
+    length, out = len(example["input_ids"]), []
+    for i, start in enumerate(path.starts.tolist()):
+        end = path.starts.tolist()[i + 1] if i + 1 < len(path.starts) else length
+        total = torch.zeros(table.shape[1:], dtype=torch.float64)
+        for t in range(start, end):
+            followed = t + 1 < length
+            if followed and t + 1 >= example["prompt_tokens"]:
+                total += table[t].double()
+            if followed:
+                total += ratio * table[t].double()
+        out.append(total / (end - start))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("length", "prompt_tokens"), [(30, 0), (30, 1), (30, 14), (12, 12)])
+def test_chunk_samples_add_up_token_by_token(make_example, length, prompt_tokens):
+    example = make_example(length, prompt_tokens)
+    starts = torch.tensor([0, 4, 5, 11])
+    path = Trajectory(starts, torch.rand(4, 18), torch.rand(length))
+    table = torch.rand(length, 5, 2, generator=torch.Generator().manual_seed(0))
+    samples = chunk_samples(example, path, table, LaterDamage(0.3, 1, 1))
+    torch.testing.assert_close(samples.damage.double(), naive_samples(example, path, table, 0.3), atol=1e-6, rtol=1e-5)
+    assert samples.tokens.tolist() == [4, 1, 6, length - 11]
+    assert torch.equal(samples.features, path.features)
+
+
+def test_prompt_tokens_are_not_scored(make_example):
+    """The last prompt token predicts the first of the completion and is; those before it count only through later."""
+    example = make_example(20, prompt_tokens=9)
+    path = Trajectory(torch.tensor([0, 4, 8, 9, 15]), torch.rand(5, 18), torch.rand(20))
+    samples = chunk_samples(example, path, torch.ones(20, 3, 1), LaterDamage(0.0, 0, 0))
+    assert samples.damage[:, 0, 0].tolist() == pytest.approx([0, 0, 1, 1, 4 / 5])
+
+
+def test_samples_concatenate_in_order(make_example):
+    path = Trajectory(torch.tensor([0, 5]), torch.rand(2, 18), torch.rand(10))
+    parts = [chunk_samples(make_example(10), path, torch.rand(10, 3, 2), LaterDamage(0.1, 1, 1)) for _ in range(3)]
+    whole = Samples.concatenate(parts)
+    assert len(whole) == 6
+    assert torch.equal(whole.damage[2:4], parts[1].damage)
+
+
+def test_later_damage_is_sampled_without_replacement_and_reported(full_rank_run, make_example):
+    examples = [make_example(30, 3, seed=n) for n in range(2)]
+    paths = [
+        Trajectory(torch.tensor(starts), torch.zeros(3, 18), torch.zeros(30)) for starts in ([0, 8, 20], [0, 6, 9])
+    ]
+    fit = replace(FitSettings(), later_chunks=100, later_tokens=10)
+    found = measure_later_damage(full_rank_run, examples, paths, fit, seed=0)
+    # The last chunk of a document has nothing behind it.
+    chunks = [(0, 0, 8), (0, 8, 20), (1, 0, 6), (1, 6, 9)]
+    sums = [later_damage(full_rank_run, examples[doc], start, end, 10) for doc, start, end in chunks]
+    immediate, later = (sum(float(part[:-1].sum()) for part in column) for column in zip(*sums, strict=True))
+    assert found.ratio == pytest.approx(later / immediate, rel=1e-5)
+    assert (found.chunks, found.tokens) == (4, 40)
+    few = measure_later_damage(full_rank_run, examples, paths, replace(fit, later_chunks=2), seed=0)
+    assert few == measure_later_damage(full_rank_run, examples, paths, replace(fit, later_chunks=2), seed=0)
+    assert few.chunks == 2
+    single = [Trajectory(torch.tensor([0]), torch.zeros(1, 18), torch.zeros(30))] * 2
+    assert measure_later_damage(full_rank_run, examples, single, fit, seed=0) == LaterDamage(0.0, 0, 0)
