@@ -1,0 +1,9 @@
+"""What the project costs, measured: each command states the physical limit first and is gated on correctness.
+
+    python -m benchmarks.decode    milliseconds per token beside PEFT's, and the bytes that no version can avoid reading
+    python -m benchmarks.ladder    factoring an adapter, against the dense SVD
+    python -m benchmarks.kv        what compressed KV pages save, and what they cost in perplexity
+
+Every command prints a table for people, writes its record under `benchmarks/results/`, and ends with that record as one
+line of JSON. Not installed with the package: run it from the repository.
+"""
