@@ -65,7 +65,7 @@ def _plan(
     fingerprint = None if policy is None else model_fingerprint(model)
     return plan_run(
         adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        model_fingerprint=fingerprint,
+        model_fingerprint=fingerprint, device=model.device,
     )  # fmt: skip
 
 
@@ -128,8 +128,11 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
             raise ValueError("generate: expected input_ids, got none; pass the tokenizer's output")
         config = kwargs.get("generation_config") or model.generation_config
         beams = kwargs.get("num_beams", getattr(config, "num_beams", None))
-        if beams not in (None, 1) or kwargs.get("assistant_model") is not None:
+        assisted = any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        if beams not in (None, 1) or assisted:
             raise ValueError("generate: expected greedy or sampling, got beams or an assistant model; leave it out")
+        if kwargs.setdefault("use_cache", True) is False:  # a model saved while training may have it off
+            raise ValueError("generate: expected use_cache=True (decisions live in the cache), got False; leave it out")
         copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = run.new_cache(ids.shape[0] * copies, first_call_is_prompt=True)

@@ -17,6 +17,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """What milliseconds are measured on: the GPU's name, or the CPU and its threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def load_model(name: str | Path, *, dtype: str = "auto", device: torch.device | None = None) -> PreTrainedModel:
     """A causal LM in eval mode on `device` (default: `default_device()`), in `dtype` (a key of `DTYPES`).
 

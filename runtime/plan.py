@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from policy.checkpoint import PolicyCheckpoint
 from policy.contract import RankPolicy
 from policy.fixed import FixedPolicy
@@ -13,6 +15,7 @@ from policy.settings import FULL_KV, Settings
 from .adapter import Adapter, load_adapter
 from .fingerprint import adapter_fingerprint
 from .ladder import Ladder, build_ladder
+from .loading import device_name
 
 STATIC_BLOCK_TOKENS = 512
 """Prefill block when the rung never changes: large, because no decision waits for a block to end."""
@@ -36,6 +39,7 @@ def plan_run(
     latency_budget_ms: float | None = None,
     rung: int | None = None,
     model_fingerprint: str | None = None,
+    device: torch.device | None = None,
 ) -> RunPlan:
     """Settle a run. No policy, or `budget=1.0`, means the top rung and full-precision KV; `rung` a fixed rank.
 
@@ -60,6 +64,14 @@ def plan_run(
     checkpoint.check(model=model_fingerprint, adapter=adapter_fingerprint(adapter), rungs=ladder.rungs)
     if budget == 1.0 and latency_budget_ms is None:
         return static_plan(ladder, ladder.rungs[-1])
+    measured = checkpoint.latency
+    if latency_budget_ms is not None and measured is not None and device is not None:
+        here = device_name(device)
+        if here != measured.device:
+            raise ValueError(
+                f"latency_budget_ms: expected the device the policy's table was measured on, {measured.device}, got "
+                f"{here}; use budget, or fit the policy on this device"
+            )
     knob = checkpoint.knob_for(budget=budget, latency_budget_ms=latency_budget_ms)
     return RunPlan(ladder, checkpoint.policy, checkpoint.policy.settings, knob)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -70,9 +70,3 @@ def calibrate_knob(knobs: Sequence[float], costs: Sequence[float]) -> KnobCurve:
     for cost, knob in zip(np.clip(smooth, 0, 1).round(9), knobs, strict=True):
         points.setdefault(float(cost), []).append(float(knob))
     return KnobCurve(tuple(points), tuple(float(np.mean(k)) for k in points.values()))
-
-
-def mean_costs(measure: Callable[[float], np.ndarray], knobs: Sequence[float], cost: np.ndarray) -> list[float]:
-    """Mean cost at each knob; `measure(knob)` gives scored tokens per rung, [D, J]."""
-    shares = [measure(knob).sum(0) for knob in knobs]
-    return [float(share @ cost / share.sum()) for share in shares]

@@ -25,7 +25,7 @@ from policy.fixed import FixedPolicy
 from policy.settings import Settings
 
 from .bench import Bench
-from .calibrate import calibrate_knob, knob_grid, mean_costs
+from .calibrate import calibrate_knob, knob_grid
 from .measure import Scores
 
 VERDICT_RANKS = (8, 16, 24)
@@ -105,12 +105,20 @@ def policy_curve(
     targets: Sequence[int],
 ) -> Curve:
     """Calibrate the knob on validation, then measure on test at the cost of every rung index in `targets`."""
-    # Each knob of the sweep starts where a run of its cost would: evenly over the rungs, cheap to dear.
+    costs: dict[float, float] = {}
+
+    def sweep(knobs: Sequence[float], starts: Sequence[int]) -> KnobCurve:
+        for knob, start in zip(knobs, starts, strict=True):
+            scores = validation.measure(policy, replace(settings, start_rung=start), knob)
+            costs[knob] = scores.mean_cost(cost)
+        cheap, dear = policy.knob_range()
+        ordered = sorted(costs, reverse=cheap > dear)
+        return calibrate_knob(ordered, [costs[knob] for knob in ordered])
+
+    # First evenly over the knob, each run starting where one of its cost would; then where the aims fall.
     knobs = knob_grid(policy, KNOB_POINTS)
-    starts = np.linspace(0, len(settings.rungs) - 1, KNOB_POINTS).round().astype(int)
-    at = dict(zip(knobs, starts.tolist(), strict=True))
-    costs = mean_costs(lambda k: validation.measure(policy, replace(settings, start_rung=at[k]), k).rungs, knobs, cost)
-    curve = calibrate_knob(knobs, costs)
+    curve = sweep(knobs, np.linspace(0, len(settings.rungs) - 1, KNOB_POINTS).round().astype(int).tolist())
+    curve = sweep([curve.knob(float(cost[rung])) for rung in targets], list(targets))
     points = []
     for rung in targets:
         knob = curve.knob(float(cost[rung]))

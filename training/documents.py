@@ -77,7 +77,13 @@ def _grouped_split(documents: datasets.Dataset, fit: FitSettings, seed: int) -> 
 
 def _split_once(documents: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     split = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
-    first, second = next(split.split(range(len(documents)), groups=_texts(documents)))
+    texts = _texts(documents)
+    try:
+        first, second = next(split.split(range(len(documents)), groups=texts))
+    except ValueError:  # scikit-learn's way of saying that one side would be empty
+        raise ValueError(
+            f"dataset: expected enough different documents to split, got {len(set(texts))} for one part; give more text"
+        ) from None
     return documents.select(sorted(first)), documents.select(sorted(second))
 
 
@@ -89,8 +95,8 @@ def _texts(documents: datasets.Dataset) -> list[str]:
 def _encode(
     documents: datasets.Dataset, amount: int, tokenizer: PreTrainedTokenizerBase, fit: FitSettings, seed: int
 ) -> list[Example]:
-    # A sample of a large dataset need not be encoded whole: three documents for each one wanted leaves enough after
-    # the short ones are dropped, and when it does not, all of it is taken.
+    # A sample of a large dataset need not be encoded whole: eight documents for each one wanted leave enough after
+    # the short ones are dropped, and when they do not, all of it is taken.
     shuffled = documents.shuffle(seed=seed)
     limits = {"max_tokens": fit.max_tokens, "min_completion_tokens": fit.min_completion_tokens}
     some = shuffled.select(range(min(len(shuffled), 8 * amount)))

@@ -170,15 +170,17 @@ _Item = TypeVar("_Item")
 
 
 def with_progress(items: Sequence[_Item], name: str) -> Iterator[_Item]:
-    """The items, with a progress bar once they have taken longer than two seconds."""
+    """The items; on a terminal with a progress bar once they have taken longer than two seconds."""
     started = time.perf_counter()
-    bar = Progress(console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True)
     task = bar.add_task(name, total=len(items))
     try:
         for item in items:
             yield item
             bar.advance(task)
-            if not bar.live.is_started and time.perf_counter() - started > PATIENCE_SECONDS:
+            slow = time.perf_counter() - started > PATIENCE_SECONDS
+            if slow and console.is_terminal and not bar.live.is_started:
                 bar.start()
     finally:
         if bar.live.is_started:
@@ -189,8 +191,8 @@ def _table(found: Sequence[Evaluation]) -> Table:
     columns: dict[str, Callable[[Evaluation], str]] = {
         "run": lambda e: e.name,
         "perplexity": lambda e: f"{e.perplexity:.4f}",
-        "mean rank": lambda e: f"{e.mean_rank:.2f}",
-        "prompt rank": lambda e: "-" if e.prompt_mean_rank is None else f"{e.prompt_mean_rank:.2f}",
+        "rank": lambda e: f"{e.mean_rank:.2f}",
+        "prompt": lambda e: "-" if e.prompt_mean_rank is None else f"{e.prompt_mean_rank:.2f}",
         "KV MB": lambda e: f"{e.kv_bytes / 1e6:.1f}",
         "of full": lambda e: f"{e.kv_bytes / e.kv_bytes_full:.0%}",
         "ms/token": lambda e: f"{e.ms_per_token:.3f}",

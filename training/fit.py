@@ -33,6 +33,7 @@ from runtime.loading import default_device, load_model, load_tokenizer
 
 from .compare import Curve, Verdict, areas, judge, table
 from .documents import load_corpus
+from .files import write_whole
 from .latency import measure_latency
 from .pipeline import (
     FitContext,
@@ -179,7 +180,7 @@ def _latency(folder: Path, context: FitContext) -> LatencyTable:
         return LatencyTable(**json.loads(path.read_text()))
     measured = measure_latency(context.model, context.ladder)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(measured)))
+    write_whole(path, json.dumps(asdict(measured)).encode())
     return measured
 
 
@@ -259,10 +260,10 @@ def make_parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     parsed: Namespace = parser.parse_args(arguments)
-    given = parser.instantiate(parsed)
-    trainer = {k: v for k, v in vars(given.pop("trainer")).items() if v is not None}
-    given.pop("config", None)
     with one_line_errors(), warnings.catch_warnings():
+        given = parser.instantiate(parsed)  # builds the settings, which check themselves
+        trainer = {k: v for k, v in vars(given.pop("trainer")).items() if v is not None}
+        given.pop("config", None)
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         _quiet_libraries()

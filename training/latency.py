@@ -13,12 +13,8 @@ from transformers import PreTrainedModel
 from policy.cost import LatencyTable
 from runtime.adaptive import AdaptiveCache, AdaptiveRun, activate
 from runtime.ladder import Ladder
+from runtime.loading import device_name
 from runtime.plan import static_plan
-
-
-def device_name(device: torch.device) -> str:
-    """What the milliseconds were measured on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 @torch.no_grad()

@@ -45,6 +45,10 @@ class Scores:
     def mean_rank(self, rung_rank: np.ndarray) -> float:
         return float((self.rungs @ rung_rank).sum() / self.tokens.sum())
 
+    def mean_cost(self, cost: np.ndarray) -> float:
+        """Mean over scored tokens of the active rung's cost, `cost` [J]."""
+        return float((self.rungs @ cost).sum() / self.tokens.sum())
+
     def mean_kl(self) -> float:
         return float(self.kl.sum() / self.tokens.sum())
 

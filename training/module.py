@@ -35,7 +35,7 @@ def interpolate_scale(damage: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
         others = torch.cat([grid[:i], grid[i + 1 :]])
         basis = ((scale[..., None] - others) / (own - others)).prod(-1)
         total = total + basis * damage[..., i]
-    return total
+    return total.clamp(min=0.0)  # a parabola through noisy points can dip below what KL can be
 
 
 class PolicyFit(L.LightningModule):

@@ -54,6 +54,10 @@ TRAJECTORY_DOCUMENTS = 16
 """Documents per shard of trajectories: one row each, where a shard of targets has a row per rung and scale."""
 
 
+PERCENTILE_SPREADS = (1.0, 2.0)
+"""Half-widths, in rungs, of the band that percentile thresholds move in; the better one is the baseline."""
+
+
 @dataclass(frozen=True)
 class FitContext:
     """What every step of a fit works with."""
@@ -263,12 +267,14 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def percentile_policy(context: FitContext, targets: Targets, validation: Bench) -> PercentilePolicy:
-    """The best single signal, or all of them together, by KL on validation documents at the middle rung's cost."""
+    """The best signal (or all of them together) and band, by KL on validation documents at the middle rung's cost."""
     summary = summary_of(torch.cat([path.features for path in targets.paths[: len(context.corpus.train)]]))
     candidates = []
     for signal in (*SIGNALS, COMPLEXITY):
         value, known = PercentilePolicy(targets.settings, signal).value(summary)
-        candidates.append(PercentilePolicy.calibrate(value[known], targets.settings, signal, scales=targets.scales))
+        for spread in PERCENTILE_SPREADS:
+            candidate = PercentilePolicy.calibrate(value[known], targets.settings, signal, targets.scales, spread)
+            candidates.append(candidate)
     middle = (len(targets.settings.rungs) - 1) // 2
     settings = replace(targets.settings, start_rung=middle)
     kls = []
@@ -277,8 +283,9 @@ def percentile_policy(context: FitContext, targets: Targets, validation: Bench) 
         fixed_rank = scores.mean_rank(context.rung_rank)
         # Candidates land at slightly different mean ranks; a KL that falls like 1/rank makes them comparable.
         kls.append(scores.mean_kl() * fixed_rank)
-        context.progress(f"percentile on {candidate.signal}: KL {scores.mean_kl():.4f} at mean rank {fixed_rank:.2f}")
-    return candidates[int(np.argmin(kls))]
+    best = candidates[int(np.argmin(kls))]
+    context.progress(f"percentile: {best.signal} with a band of {best.spread:g} rungs is the best of {len(kls)}")
+    return best
 
 
 def compare_policies(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from .files import write_whole
 
 STYLE: dict[str, dict[str, Any]] = {
     "fixed": {"color": "#444444", "marker": "o", "label": "fixed rung"},
@@ -44,12 +46,13 @@ def tradeoff_figure(curves: dict[str, list[dict[str, Any]]], title: str) -> Figu
 def write_report(output: Path, summary: dict[str, Any]) -> Figure:
     """Write `tradeoff.csv`, `tradeoff.png` and, last, `summary.json`; return the figure."""
     curves = summary["curves"]
-    _replace(output / "tradeoff.csv", lambda path: _write_csv(path, curves))
+    write_whole(output / "tradeoff.csv", _csv(curves).encode())
     verdict = f"exported: {summary['exported']}, captured {summary['captured']['share']:.0%} of the headroom"
     figure = tradeoff_figure(curves, verdict)
-    _replace(output / "tradeoff.png", lambda path: figure.savefig(path, format="png"))
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    _replace(output / "summary.json", lambda path: path.write_text(text))
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(output / "tradeoff.png", image.getvalue())
+    write_whole(output / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
     return figure
 
 
@@ -65,16 +68,11 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
     logger.finalize("success")
 
 
-def _write_csv(path: Path, curves: dict[str, list[dict[str, Any]]]) -> None:
+def _csv(curves: dict[str, list[dict[str, Any]]]) -> str:
     rows = [{"policy": name, **row} for name, points in curves.items() for row in points]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _replace(path: Path, write: Any) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    write(scratch)
-    os.replace(scratch, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+
+from .files import write_whole
 
 
 class ShardStore:
@@ -25,7 +26,7 @@ class ShardStore:
         self.folder = root / f"{name}-{digest}"
         self.count = count
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "key.json", json.dumps(key, indent=2, sort_keys=True).encode())
+        write_whole(self.folder / "key.json", json.dumps(key, indent=2, sort_keys=True).encode())
 
     def missing(self) -> list[int]:
         """Shards that are not there whole."""
@@ -34,9 +35,9 @@ class ShardStore:
     def write(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Store a shard; the checksum follows the data, so an interrupted write leaves the shard missing."""
         data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        _write(self._path(index), data)
+        write_whole(self._path(index), data)
         record = {"shard": index, "sha256": hashlib.sha256(data).hexdigest()}
-        _write(self._path(index).with_suffix(".json"), json.dumps(record).encode())
+        write_whole(self._path(index).with_suffix(".json"), json.dumps(record).encode())
 
     def read(self, index: int) -> dict[str, Tensor]:
         """A shard's tensors. Raises ValueError when it is missing or damaged."""
@@ -59,9 +60,3 @@ class ShardStore:
         if not path.is_file() or not record.is_file():
             return None
         return json.loads(record.read_bytes())["sha256"]
-
-
-def _write(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    os.replace(scratch, path)

@@ -36,7 +36,7 @@ class Generation:
     tokens: list[int]
     """New tokens of every row, the end-of-sequence token included."""
     mean_rank: float
-    """Byte-weighted mean active rank over the new tokens that went through the model."""
+    """Byte-weighted mean active rank over the new tokens that went through the model; nan for a single new token."""
     prompt_mean_rank: float
     """The same over the prompt."""
     kv_bytes: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -87,7 +88,7 @@ def main() -> None:
                         "text": out.texts[0],
                         "tokens": out.tokens[0],
                         "ms_per_token": streamer.ms_per_token(),
-                        "mean_rank": out.mean_rank,
+                        "mean_rank": None if math.isnan(out.mean_rank) else out.mean_rank,
                         "kv_bytes": out.kv_bytes,
                         "kv_bytes_full": out.kv_bytes_full,
                         "chunks": [chunk.to_dict() for chunk in out.trace[0]],
