@@ -78,6 +78,13 @@ def run(settings, policy, batch, knob=1.37, rows=slice(None)):
     return stream
 
 
+def assert_same_decisions(one, other):
+    for name in ("positions", "opens", "rung", "active", "held_valid"):
+        assert torch.equal(one[name], other[name]), name
+    for name in ("scale", "held", "first"):
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-6)
+
+
 @given(settings_strategy(), policies, batches())
 def test_decisions_equal_the_definition(settings, policy_of, batch):
     policy = policy_of(settings)
@@ -132,14 +139,24 @@ def test_row_in_a_batch_decides_as_it_does_alone(settings, policy_of, batch):
     together = run(settings, policy, batch)
     for row, length in enumerate(batch[1]):
         alone = run(settings, policy, batch, rows=slice(row, row + 1))
-        batched, own = row_of(together.record(), row), row_of(alone.record(), 0)
-        for name in ("positions", "opens", "rung", "active", "held_valid"):
-            assert torch.equal(batched[name], own[name]), name
-        for name in ("scale", "held"):
-            torch.testing.assert_close(batched[name], own[name], atol=1e-6, rtol=1e-6)
+        assert_same_decisions(row_of(together.record(), row), row_of(alone.record(), 0))
         torch.testing.assert_close(
             together.complexity[row, :length], alone.complexity[0, :length], atol=1e-6, rtol=1e-6
         )
+
+
+@given(settings_strategy(), policies, batches(), batches(most_rows=1))
+def test_short_row_goes_on_as_it_would_alone(settings, policy_of, batch, more):
+    """While its neighbours are still in their prompts, a row sees nothing but padding; then all go on."""
+    policy, count = policy_of(settings), len(batch[1])
+    tokens, (length,), logits, attention, _ = more
+    together = run(settings, policy, batch)
+    shared = (tokens.expand(count, -1), [length] * count, logits.expand(count, -1, -1), attention.expand(count, -1))
+    drive(together, *shared, settings.block_tokens)
+    for row in range(count):
+        alone = run(settings, policy, batch, rows=slice(row, row + 1))
+        drive(alone, tokens, [length], logits, attention, settings.block_tokens)
+        assert_same_decisions(row_of(together.record(), row), row_of(alone.record(), 0))
 
 
 @given(settings_strategy(), batches(most_rows=1), st.data())

@@ -76,3 +76,29 @@ def test_generated_tokens_are_decided_as_forward_decides_them(tiny_llama, llama_
     # the end of sequence was forbidden in generate
     logits[..., 2] = -torch.inf
     assert torch.equal(logits[:, 16:].argmax(-1), sequences[:, 17:])
+
+
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_adapter, make_plan, block):
+    """The shortest prompt waits, seeing only padding, while the longest is still being read."""
+    plan = make_plan(
+        build_ladder(load_adapter(llama_adapter)),
+        lambda settings: PercentilePolicy(settings, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
+        knob=1.6,
+        block_tokens=block,
+        chunk=ChunkSettings(2, 6),
+        kv=KVSettings("int8", "int4", sink_pages=1, window_tokens=8),
+    )
+    ids = torch.randint(3, 20, (3, 37), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(37) >= torch.tensor([0, 34, 15])[:, None]).long()
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    with activate(tiny_llama, plan) as run:
+        tokens = tiny_llama.generate(ids * mask, attention_mask=mask, **options)
+        together = run.last.stream.record()
+        for row in range(3):
+            prompt = ids[row][mask[row].bool()][None]
+            alone = tiny_llama.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            assert torch.equal(tokens[row, 37:], alone[0, prompt.shape[1] :])
+            one, other = row_of(together, row), row_of(run.last.stream.record(), 0)
+            for name in ("positions", "opens", "rung", "scale", "active", "held_valid"):
+                assert torch.equal(one[name], other[name]), name

@@ -233,6 +233,11 @@ REFUSED = {
     "attentions": ({"input_ids": torch.ones(1, 4).long(), "output_attentions": True}, "got output_attentions"),
     "hidden states": ({"input_ids": torch.ones(1, 4).long(), "output_hidden_states": True}, "output_hidden_states"),
     "4-D mask": ({"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask"),
+    "no column": ({"input_ids": torch.ones(1, 0).long()}, "at least one token"),
+    "padding alone": (
+        {"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4)},
+        "at least one real token",
+    ),
     "short mask": ({"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.ones(1, 3)}, "at least 4"),
 }
 
