@@ -103,13 +103,9 @@ class PolicyCheckpoint:
         """The run's settings, those of the policy."""
         return self.policy.settings
 
-    def knob_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
-        """The knob that spends `budget`, or `latency_budget_ms` per token, on average; neither: the default budget.
-
-        A budget of 1 is the dear end of the knob, the top rung throughout; one below what the policy can reach is its
-        cheap end. A `fixed` policy takes the dearest rung whose cost is within the budget. Raises ValueError for both
-        arguments at once, a budget outside [0, 1], or a latency that no measurement supports.
-        """
+    def budget_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
+        """The budget meant by either argument; neither: the default. Raises ValueError for both arguments at once, a
+        budget outside [0, 1], or a latency that no measurement supports."""
         if budget is not None and latency_budget_ms is not None:
             got = f"budget={budget!r} and latency_budget_ms={latency_budget_ms!r}"
             raise ValueError(f"budget: expected budget or latency_budget_ms, got {got}; give one of them")
@@ -117,12 +113,24 @@ class PolicyCheckpoint:
             if self.latency is None:
                 raise ValueError("latency_budget_ms: expected a policy with a latency table, got none; use budget")
             # From the share of time to the share of cost; the same thing where cost was taken from this very table.
-            budget = float(np.interp(self.latency.budget_for(latency_budget_ms), self.latency.cost(), self.cost))
-        budget = self.default_budget if budget is None else check_budget(budget)
+            return float(np.interp(self.latency.budget_for(latency_budget_ms), self.latency.cost(), self.cost))
+        return self.default_budget if budget is None else check_budget(budget)
+
+    def rung_for(self, budget: float) -> int:
+        """Index of the dearest rung whose cost is within `budget` (the cheapest, when none is)."""
+        return max(0, bisect_right(self.cost, check_budget(budget) + _COST_TOLERANCE) - 1)
+
+    def knob_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
+        """The knob that spends `budget`, or `latency_budget_ms` per token, on average; neither: the default budget.
+
+        A budget of 1 is the dear end of the knob, the top rung throughout; one below what the policy can reach is its
+        cheap end. A `fixed` policy takes `rung_for` the budget. Raises as `budget_for` does.
+        """
+        budget = self.budget_for(budget, latency_budget_ms)
         if budget == 1:
             return self.policy.knob_range()[1]
         if self.curve is None or isinstance(self.policy, FixedPolicy):
-            return float(max(0, bisect_right(self.cost, budget + _COST_TOLERANCE) - 1))
+            return float(self.rung_for(budget))
         return self.curve.knob(budget)
 
     def check(self, *, model: str, adapter: str, rungs: Sequence[int], ladder: str | None = None) -> None:

@@ -157,6 +157,8 @@ def _factors(name: str, half: dict[str, Tensor], config: dict[str, Any], path: P
             f"{path}: expected rank {rank} for {name} ({CONFIG_NAME}), got lora_A {list(a.shape)} and "
             f"lora_B {list(b.shape)}; configuration and weights must come from one save"
         )
+    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+        raise ValueError(f"{path}: expected finite weights for {name}, got NaN or infinity; train or copy it again")
     alpha = float(_by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8)))
     return LoraFactors(a, b, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 

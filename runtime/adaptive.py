@@ -117,6 +117,14 @@ def _adaptive_forward(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...,
     return forward
 
 
+def generation_option(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """An option as transformers settles it: the call's own, its `generation_config`'s, the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    given = getattr(kwargs.get("generation_config"), name, None)
+    return given if given is not None else getattr(model.generation_config, name, None)
+
+
 def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[..., Any]:
     """`model.generate` with our cache handed in; everything else is transformers' own loop."""
     original: Any = model.generate
@@ -126,16 +134,27 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("generate: expected input_ids, got none; pass the tokenizer's output")
-        config = kwargs.get("generation_config") or model.generation_config
-        beams = kwargs.get("num_beams", getattr(config, "num_beams", None))
         assisted = any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
-        if beams not in (None, 1) or assisted:
+        if generation_option(model, kwargs, "num_beams") not in (None, 1) or assisted:
             raise ValueError("generate: expected greedy or sampling, got beams or an assistant model; leave it out")
-        if kwargs.setdefault("use_cache", True) is False:  # a model saved while training may have it off
+        if kwargs.get("use_cache") is False:
             raise ValueError("generate: expected use_cache=True (decisions live in the cache), got False; leave it out")
-        copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = run.new_cache(ids.shape[0] * copies, first_call_is_prompt=True)
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"generate: expected no {name} (the run has its own), got {kwargs[name]!r}; leave it out"
+                )
+            if generation_option(model, kwargs, name) is not None:
+                kwargs[name] = None
+        if generation_option(model, kwargs, "use_cache") is False:  # a model saved while training may have it off
+            kwargs["use_cache"] = True
+        copies = generation_option(model, kwargs, "num_return_sequences") or 1
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = kwargs["past_key_values"] = run.new_cache(ids.shape[0] * copies)
+        if isinstance(cache, AdaptiveCache):  # any other is refused by forward, in one line
+            cache.next_call_is_prompt = True
+            run.last = cache
         return original(inputs, *args, **kwargs)
 
     return generate

@@ -66,4 +66,5 @@ class AdaptedLinear:
         x = args[0]
         if x.shape[:-1] != gate.shape[:-1]:  # some models flatten [B, T] on the way
             gate = gate.reshape(*x.shape[:-1], rank)
+        gate = gate.to(x.device)  # layers may lie on other devices than the stream
         return output + lora_delta(x, self.a[:rank], self.b[:rank], gate).to(output.dtype)

@@ -13,7 +13,8 @@ from torch import Tensor
 class Layout:
     """Input columns as positions: every row's real tokens first, padding behind them."""
 
-    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None, cached: Tensor) -> None:
+        """`cached` [B] tokens that the cache holds of every row; a mask that covers them must agree."""
         rows, self.columns = input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -28,11 +29,19 @@ class Layout:
         self.tokens, self.real = input_ids.gather(1, self.order), real.gather(1, self.order)
         # Deliberate wait, once per call: page allocation and the number of blocks are host decisions.
         counts = real.sum(1)
+        past = cached if attention_mask is None else attention_mask[:, : -self.columns].sum(1)
+        covers = attention_mask is not None and attention_mask.shape[1] > self.columns
+        wrong = (past != cached).any() if covers else torch.zeros((), dtype=torch.bool, device=counts.device)
         if not real.numel():
             raise ValueError(
                 f"input_ids: expected at least one token, got shape {list(input_ids.shape)}; pass a prompt"
             )
-        self.shortest, self.steps = (int(n) for n in torch.stack([counts.min(), counts.max()]))
+        self.shortest, self.steps, mismatch = (int(n) for n in torch.stack([counts.min(), counts.max(), wrong.long()]))
+        if mismatch:
+            raise ValueError(
+                "attention_mask: expected the tokens that the cache holds, got another number of them (rows that "
+                "ended early were fed padding); start a new cache for the next turn"
+            )
         if self.steps == 0:
             raise ValueError("attention_mask: expected at least one real token, got padding alone; pass a prompt")
 

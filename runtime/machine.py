@@ -110,12 +110,13 @@ def complexity_level(complexity: Tensor, level: Tensor, chunk: ChunkSettings, th
 
 
 def step_token(
-    state: State, token_signals: Tensor, settings: Settings, policy: RankPolicy, knob: Tensor, constants: Constants
-) -> tuple[State, Tensor]:
+    state: State, token_signals: Tensor, in_prompt: Tensor, settings: Settings, policy: RankPolicy, knob: Tensor,
+    constants: Constants,
+) -> tuple[State, Tensor]:  # fmt: skip
     """Advance every row by one token that is about to be processed.
 
-    token_signals [B, 2] are its novelty and prior; knob [B]. Returns the new state, whose `weights` gate this token,
-    and [B] bool: the token opens a chunk.
+    token_signals [B, 2] are its novelty and prior, in_prompt [B] bool, knob [B]. Returns the new state, whose
+    `weights` gate this token, and [B] bool: the token opens a chunk.
     """
     chunk = settings.chunk
     state = _smooth(state, TOKEN_ONLY, token_signals, chunk.smoothing)
@@ -131,9 +132,10 @@ def step_token(
     held_valid = state.held_valid | fresh
     decision = policy.decide(Summary(held, held_valid, token_signals, state.position), knob)
     # Before the first completed block there is nothing to decide from: the start rung stands.
-    blind = ~state.seen[:, 0]
-    rung = torch.where(blind, settings.start_rung, decision.rung)
-    scale = torch.where(blind, 1.0, decision.scale)
+    # A prompt never runs above it either, so that a budget holds from the first token on.
+    start_only = ~state.seen[:, 0] | (in_prompt & (decision.rung > settings.start_rung))
+    rung = torch.where(start_only, settings.start_rung, decision.rung)
+    scale = torch.where(start_only, 1.0, decision.scale)
     rung, scale = torch.where(opens, rung, state.rung), torch.where(opens, scale, state.scale)
 
     open_column = opens[:, None]

@@ -9,6 +9,7 @@ import torch
 
 from policy.checkpoint import PolicyCheckpoint
 from policy.contract import RankPolicy
+from policy.curve import check_budget
 from policy.fixed import FixedPolicy
 from policy.settings import FULL_KV, Settings
 
@@ -48,32 +49,38 @@ def plan_run(
     """
     if isinstance(adapter, str | Path):
         adapter = load_adapter(adapter)
-    if budget is not None and not 0 <= budget <= 1:
-        raise ValueError(f"budget: expected a number in [0, 1] (1 = the top rung), got {budget}; correct it")
+    if budget is not None:
+        check_budget(budget)
+    if rung is not None and (policy is not None or budget is not None or latency_budget_ms is not None):
+        raise ValueError(f"rung: expected a fixed rung alone, got rung={rung} with a policy or a budget; drop one")
     if policy is None:
         if latency_budget_ms is not None or budget not in (None, 1.0):
-            raise ValueError(f"budget: expected a policy to spend {budget or latency_budget_ms} by, got none; pass one")
-        rungs = None if rung is None else sorted({rung, adapter.rank})
-        ladder = build_ladder(adapter, rungs)
+            asked = f"budget={budget}" if budget is not None else f"latency_budget_ms={latency_budget_ms}"
+            raise ValueError(f"policy: expected one to spend {asked} by, got none; pass a policy folder")
+        ladder = build_ladder(adapter, None if rung is None else sorted({rung, adapter.rank}))
         return static_plan(ladder, ladder.rungs[-1] if rung is None else rung)
-    if rung is not None:
-        raise ValueError(f"rung: expected either a policy or a fixed rung, got a policy and {rung}; drop one")
     checkpoint = policy if isinstance(policy, PolicyCheckpoint) else PolicyCheckpoint.load(policy)
     ladder = build_ladder(adapter, checkpoint.policy.settings.rungs)
     assert model_fingerprint is not None, "a policy is only used with a model at hand"
     checkpoint.check(model=model_fingerprint, adapter=adapter_fingerprint(adapter), rungs=ladder.rungs)
-    if budget == 1.0 and latency_budget_ms is None:
+    if latency_budget_ms is not None:
+        _check_device(checkpoint, device)
+    spent = checkpoint.budget_for(budget, latency_budget_ms)
+    if spent == 1.0:
         return static_plan(ladder, ladder.rungs[-1])
-    measured = checkpoint.latency
-    if latency_budget_ms is not None and measured is not None and device is not None:
-        here = device_name(device)
-        if here != measured.device:
-            raise ValueError(
-                f"latency_budget_ms: expected the device the policy's table was measured on, {measured.device}, got "
-                f"{here}; use budget, or fit the policy on this device"
-            )
-    knob = checkpoint.knob_for(budget=budget, latency_budget_ms=latency_budget_ms)
-    return RunPlan(ladder, checkpoint.policy, checkpoint.policy.settings, knob)
+    # Calibration ran every budget from its own rung: before the first signal, and in the prompt, it is the budget.
+    settings = replace(checkpoint.settings, start_rung=checkpoint.rung_for(spent))
+    return RunPlan(ladder, checkpoint.policy, settings, checkpoint.knob_for(spent))
+
+
+def _check_device(checkpoint: PolicyCheckpoint, device: torch.device | None) -> None:
+    if checkpoint.latency is None or device is None:
+        return
+    if device_name(device) != checkpoint.latency.device:
+        raise ValueError(
+            f"latency_budget_ms: expected the device of the policy's table, {checkpoint.latency.device}, got "
+            f"{device_name(device)}; use budget, or fit the policy on this device"
+        )
 
 
 def static_plan(ladder: Ladder, rung: int) -> RunPlan:

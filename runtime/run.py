@@ -30,10 +30,11 @@ from .stream import ChunkTrace, Stream
 class AdaptiveCache(PagedCache):
     """A paged KV cache and the stream whose tokens it holds: all that one batch of sequences remembers."""
 
-    def __init__(self, stream: Stream, *, first_call_is_prompt: bool = False) -> None:
+    def __init__(self, stream: Stream) -> None:
         super().__init__(stream.settings.kv)
         self.stream = stream
-        self.first_call_is_prompt = first_call_is_prompt
+        self.next_call_is_prompt = False
+        """Set by `generate`: the tokens of the next call are prompt, and the response starts behind them."""
 
     def select_rows(self, index: Tensor) -> AdaptiveCache:
         """A copy of rows `index` [N] (repeats allowed) that goes on independently."""
@@ -63,16 +64,15 @@ class AdaptiveRun:
         rows: int,
         *,
         prompt_tokens: Tensor | None = None,
-        first_call_is_prompt: bool = False,
         knob: float | Tensor | None = None,
     ) -> AdaptiveCache:
         """An empty cache for `rows` sequences; pass it as `past_key_values`.
 
-        The response starts at `prompt_tokens` [rows], or after the first call's tokens, or else at the first token.
+        The response starts at `prompt_tokens` [rows], by default at the first token.
         """
         knob = self.plan.knob if knob is None else knob
         stream = Stream(self.plan.settings, self.plan.policy, knob, rows, self.model.device, prompt_tokens)
-        self.last = AdaptiveCache(stream, first_call_is_prompt=first_call_is_prompt)
+        self.last = AdaptiveCache(stream)
         return self.last
 
     @torch.no_grad()
@@ -109,9 +109,15 @@ class AdaptiveRun:
         self, tokens: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache, keep: int | None = None
     ) -> Tensor:
         """Logits [B, keep, V] of the last `keep` columns (default: all) of tokens [B, T], appended to `cache`."""
-        layout = Layout(tokens, attention_mask)
-        if cache.first_call_is_prompt and cache.seen_columns == 0:
-            cache.stream.prompt_tokens = layout.real.sum(1)
+        held = cache.stream.state.position
+        if len(held) != len(tokens):
+            raise ValueError(
+                f"past_key_values: expected a cache of {len(tokens)} rows, got {len(held)}; start a new one"
+            )
+        layout = Layout(tokens, attention_mask, held)
+        if cache.next_call_is_prompt:
+            cache.stream.prompt_tokens = held + layout.real.sum(1)
+            cache.next_call_is_prompt = False
         logits = self._blocks(layout, cache, tokens.shape[1] if keep is None else keep)
         cache.seen_columns += tokens.shape[1]
         return logits
@@ -201,7 +207,8 @@ def _refuse_arguments(input_ids: Tensor | None, cache: object, kwargs: dict[str,
             f"past_key_values: expected the cache of this adaptive run, got {type(cache).__name__}; leave it out or "
             "pass run.new_cache(...)"
         )
-    # Flags that ask for nothing, and what older transformers passes along for the cache.
-    refused = [k for k, v in kwargs.items() if v is not None and v is not False and k != "cache_position"]
+    # Flags that ask for nothing, and what transformers passes along beside the inputs.
+    passed_along = ("cache_position", "tokenizer")
+    refused = [k for k, v in kwargs.items() if v is not None and v is not False and k not in passed_along]
     if refused:
         raise ValueError(f"forward: expected ids, mask, cache and labels, got {', '.join(refused)}; leave it out")

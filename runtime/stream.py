@@ -79,8 +79,9 @@ class Stream:
         self.constants = Constants.of(settings, device)
         past = history_tokens(settings.signals.novelty_window_tokens)
         self.history = torch.full((rows, past), NO_TOKEN, dtype=torch.long, device=device)
-        self.complexity = torch.zeros(rows, 0, device=device)
-        """[B, N] complexity of every completed token, by position."""
+        self._complexity = torch.zeros(rows, 0, device=device)
+        self._processed = 0
+        """Columns processed so far; no row has more tokens."""
         self._token_signals = torch.zeros(rows, 0, 2, device=device)
         self._blocks: list[_Block] = []
 
@@ -99,12 +100,19 @@ class Stream:
         prior = positional_prior(positions, self.prompt_tokens, signals.prior_decay_tokens)
         self.history = roll_history(self.history, tokens, real.sum(1))
         self._token_signals = torch.stack([novelty, prior], dim=-1)
+        in_prompt = positions < self.prompt_tokens[:, None]
         states: list[State] = []
         opens: list[Tensor] = []
         for t in range(tokens.shape[1]):
             before = self.state
             after, opened = step_token(
-                before, self._token_signals[:, t], self.settings, self.policy, self.knob, self.constants
+                before,
+                self._token_signals[:, t],
+                in_prompt[:, t],
+                self.settings,
+                self.policy,
+                self.knob,
+                self.constants,
             )
             if ragged:
                 after, opened = after.where(real[:, t], before), opened & real[:, t]
@@ -149,17 +157,26 @@ class Stream:
 
     def _remember(self, complexity: Tensor, block: _Block) -> None:
         rows, steps = complexity.shape
-        seen = self.complexity.shape[1]
-        # Rows may be of different lengths: write by position; padding goes to one spare column that is cut off.
-        grown = torch.cat([self.complexity, complexity.new_zeros(rows, steps + 1)], dim=1)
-        spare = seen + steps
-        self.complexity = grown.scatter_(1, torch.where(block.real, block.positions, spare), complexity)[:, :spare]
+        needed = self._processed + steps
+        if needed >= self._complexity.shape[1]:
+            # Twice the room each time, so that the work per token stays constant; the last column takes the padding.
+            grown = complexity.new_zeros(rows, 2 * needed + 1)
+            grown[:, : self._processed] = self._complexity[:, : self._processed]
+            self._complexity = grown
+        spare = self._complexity.shape[1] - 1
+        self._complexity.scatter_(1, torch.where(block.real, block.positions, spare), complexity)
+        self._processed = needed
+
+    @property
+    def complexity(self) -> Tensor:
+        """[B, N] complexity of every completed token, by position (0 where a row has no token yet)."""
+        return self._complexity[:, : self._processed]
 
     def select_rows(self, index: Tensor) -> Stream:
         """A stream that goes on from here with rows `index` [N] (repeats allowed) and an empty record."""
         other = Stream(self.settings, self.policy, 0.0, len(index), index.device, self.prompt_tokens[index])
         other.knob, other.state, other.history = self.knob[index], self.state.select(index), self.history[index]
-        other.complexity = self.complexity[index]
+        other._complexity, other._processed = self._complexity[index], self._processed
         return other
 
     def record(self) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from policy.checkpoint import PolicyCheckpoint
 
 from ..adapter import Adapter
-from ..adaptive import AdaptiveRun, adaptive
+from ..adaptive import AdaptiveRun, adaptive, generation_option
 from ..loading import load_model, load_tokenizer
 from ..stream import ChunkTrace
 
@@ -75,11 +75,15 @@ def generate(
     if not isinstance(model, PreTrainedModel):
         model = load_model(model, dtype=dtype)
     inputs = _inputs(prompts, tokenizer, generation_kwargs, model)
+    _check_length(inputs["attention_mask"], model, generation_kwargs)
+    if generation_kwargs.get("stop_strings") is not None:
+        generation_kwargs["tokenizer"] = tokenizer
     chosen = adaptive(model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung)
     with chosen as run:
         output = model.generate(**inputs, **generation_kwargs)  # type: ignore[operator]  # a method of a mixin
         sequences = output if isinstance(output, Tensor) else output.sequences
-        return _collect(run, model, tokenizer, inputs, sequences, return_trace)
+        counts = _new_tokens(sequences[:, inputs["input_ids"].shape[1] :], model, generation_kwargs)
+        return _collect(run, tokenizer, inputs, sequences, counts, return_trace)
 
 
 def _inputs(
@@ -98,6 +102,10 @@ def _inputs(
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or not all(texts):
             raise ValueError(f"prompts: expected at least one text that is not empty, got {texts!r}; pass a prompt")
+        try:
+            "".join(texts).encode("utf-8")
+        except UnicodeEncodeError:  # what a shell's stray bytes become
+            raise ValueError("prompts: expected UTF-8 text, got bytes that are not; convert the prompt") from None
         assert tokenizer is not None
         encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
@@ -106,19 +114,44 @@ def _inputs(
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
+def _check_length(attention_mask: Tensor, model: PreTrainedModel, generation_kwargs: dict[str, Any]) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    prompt = int(attention_mask.sum(1).max())
+    new = generation_option(model, generation_kwargs, "max_new_tokens") or 0
+    if limit is not None and prompt + new > limit:
+        raise ValueError(
+            f"prompts: expected prompt and new tokens to fit the model's context of {limit}, got {prompt} + {new}; "
+            "shorten the prompt or max_new_tokens"
+        )
+
+
+def _new_tokens(new: Tensor, model: PreTrainedModel, generation_kwargs: dict[str, Any]) -> list[int]:
+    """How many tokens of every row count: up to and with its first end-of-sequence token, without padding behind."""
+    ends = generation_option(model, generation_kwargs, "eos_token_id")
+    ends = set(ends.tolist() if isinstance(ends, Tensor) else ends if isinstance(ends, list) else [ends])
+    pad = generation_option(model, generation_kwargs, "pad_token_id")
+    counts = []
+    for row in new.tolist():
+        count = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        while count == len(row) and row and row[-1] == pad and pad not in ends:  # another criterion stopped this row
+            row.pop()
+            count -= 1
+        counts.append(count)
+    return counts
+
+
 def _collect(
     run: AdaptiveRun,
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: dict[str, Tensor],
     sequences: Tensor,
+    tokens: list[int],
     return_trace: bool,
 ) -> Generation:
     cache = run.last
-    assert cache is not None
+    assert cache is not None, "generate made or was given one"
     copies = sequences.shape[0] // inputs["input_ids"].shape[0]
     new = sequences[:, inputs["input_ids"].shape[1] :]
-    tokens = _new_tokens(new, model)
     prompts = inputs["attention_mask"].sum(1).repeat_interleave(copies).tolist()
     # The last new token never went through the model.
     lengths = [prompt + max(count - 1, 0) for prompt, count in zip(prompts, tokens, strict=True)]
@@ -131,14 +164,3 @@ def _collect(
     return Generation(
         texts, sequences, tokens, mean_rank, prompt_mean_rank, cache.kv_bytes(), cache.kv_bytes_full(), trace
     )
-
-
-def _new_tokens(new: Tensor, model: PreTrainedModel) -> list[int]:
-    """How many tokens of every row count: up to and with its first end-of-sequence token."""
-    stop = model.generation_config.eos_token_id
-    stops = set(stop if isinstance(stop, list) else [stop])
-    counts = []
-    for row in new.tolist():
-        ends = [i + 1 for i, token in enumerate(row) if token in stops]
-        counts.append(ends[0] if ends else len(row))
-    return counts

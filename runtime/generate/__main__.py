@@ -66,11 +66,13 @@ def main() -> None:
     with one_line_errors(), warnings.catch_warnings():
         if args.max_new_tokens < 1:
             raise ValueError(f"max-new-tokens: expected at least 1, got {args.max_new_tokens}; correct it")
+        if args.temperature is not None and not args.do_sample:
+            raise ValueError(f"temperature: expected --do-sample with it, got {args.temperature} alone; add it")
         set_seed(args.seed)
         tokenizer = load_tokenizer(args.model)
         streamer = TimedStreamer(tokenizer)
         optional = {
-            "temperature": args.temperature if args.do_sample else None,
+            "temperature": args.temperature,
             "repetition_penalty": args.repetition_penalty,
         }
         out = generate(

@@ -388,3 +388,10 @@ def test_latency_becomes_a_budget() -> None:
 def test_a_budget_that_cannot_be_met_is_refused(changes: dict, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint(**changes).knob_for(**arguments)
+
+
+def test_the_rung_of_a_budget_is_the_dearest_within_it():
+    saved = checkpoint()
+    assert [saved.rung_for(c) for c in saved.cost] == list(range(len(saved.cost)))
+    assert saved.rung_for(0.0) == 0, "the cheapest when none is within"
+    assert saved.rung_for((saved.cost[1] + saved.cost[2]) / 2) == 1

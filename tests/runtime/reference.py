@@ -91,12 +91,18 @@ class NaiveChunk:
 
 
 def naive_chunks(
-    outputs: Tensor, token_signals: Tensor, blocks: Sequence[int], settings: Settings, policy: RankPolicy, knob: float
+    outputs: Tensor,
+    token_signals: Tensor,
+    prompt_tokens: int,
+    blocks: Sequence[int],
+    settings: Settings,
+    policy: RankPolicy,
+    knob: float,
 ) -> tuple[list[NaiveChunk], list[list[float]]]:
     """Chunks and rung weights of one row, by the definition, one token at a time.
 
     outputs [T, 2] (entropy, attention) and token_signals [T, 2] (novelty, prior); `blocks` are the lengths of the
-    forward passes. A model output is known once its pass has ended.
+    forward passes. A model output is known once its pass has ended. A prompt never runs above the start rung.
     """
     chunk, rungs, known = settings.chunk, len(settings.rungs), 0
     smoothed: list[float | None] = [None] * 4
@@ -136,7 +142,8 @@ def naive_chunks(
                 valid = torch.tensor([[h is not None for h in held]])
                 summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]))
                 decision = policy.decide(summary, torch.tensor([knob]))
-                rung, scale = int(decision.rung), float(decision.scale)
+                if t >= prompt_tokens or int(decision.rung) <= settings.start_rung:
+                    rung, scale = int(decision.rung), float(decision.scale)
             chunks.append(NaiveChunk(t, rung, scale, list(held)))
             opened_level = level
             fade_from = weights[-1] if weights else fade_to

@@ -1,5 +1,6 @@
 """The state machine against the definition token by token, and every promise DESIGN sections 5 and 6 make about it."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -97,7 +98,7 @@ def test_decisions_equal_the_definition(settings, policy_of, batch):
         prior = positional_prior(torch.arange(length)[None], prompts[row, None], settings.signals.prior_decay_tokens)[0]
         blocks = [min(settings.block_tokens, length - i) for i in range(0, length, settings.block_tokens)]
         signals = torch.stack([torch.tensor(novelty), prior], -1)
-        chunks, naive_weights = naive_chunks(outputs, signals, blocks, settings, policy, 1.37)
+        chunks, naive_weights = naive_chunks(outputs, signals, int(prompts[row]), blocks, settings, policy, 1.37)
 
         got = row_of(record, row)
         starts = got["opens"].nonzero()[:, 0].tolist()
@@ -345,3 +346,11 @@ def test_complexity_of_every_token_is_kept_by_position(settings, batch):
         expected = (signals * weights).sum(-1) / weights.sum()
         torch.testing.assert_close(stream.complexity[row, :length], expected, atol=1e-6, rtol=1e-5)
         assert ((stream.complexity[row] >= 0) & (stream.complexity[row] <= 1)).all()
+
+
+@given(settings_strategy(), batches())
+def test_a_prompt_never_runs_above_the_start_rung(settings, batch):
+    settings = replace(settings, start_rung=2)
+    record = run(settings, PositionPolicy(settings), batch).record()
+    in_prompt = record["real"] & record["opens"] & (record["positions"] < batch[-1][:, None])
+    assert (record["rung"][in_prompt] <= 2).all()

@@ -9,7 +9,7 @@ import torch
 from runtime import adaptive, build_ladder, export, export_rung, load_adapter
 from runtime.adapter import CONFIG_NAME
 from runtime.adaptive import activate
-from runtime.export import main
+from runtime.export.__main__ import main
 from runtime.plan import static_plan
 
 LOGITS = {"atol": 1e-4, "rtol": 0}

@@ -4,7 +4,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer, set_seed
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextStreamer,
+    set_seed,
+)
 
 from policy import (
     FULL_KV,
@@ -16,7 +24,7 @@ from policy import (
     PolicyCheckpoint,
     Settings,
 )
-from runtime import adaptive, build_ladder, generate, load_adapter
+from runtime import adaptive, build_ladder, generate, load_adapter, load_tokenizer
 from runtime.adaptive import activate
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from tests.runtime.conftest import PACK_ADAPTERS
@@ -148,7 +156,7 @@ def test_generate_returns_what_is_asked_for(tiny_llama, llama_adapter, peft_llam
 def test_generate_goes_on_from_a_cache_of_its_own(tiny_llama, llama_adapter, prompts):
     with adaptive(tiny_llama, llama_adapter) as run:
         whole = tiny_llama.generate(**prompts, **GREEDY, **exactly(12))
-        cache = run.new_cache(3, first_call_is_prompt=True)
+        cache = run.new_cache(3)
         part = tiny_llama.generate(**prompts, **GREEDY, **exactly(5), past_key_values=cache)
         mask = torch.cat([prompts["attention_mask"], torch.ones(3, 5).long()], 1)
         rest = tiny_llama.generate(part, attention_mask=mask, **GREEDY, **exactly(7), past_key_values=cache)
@@ -252,7 +260,7 @@ def test_trace_tells_every_chunk(tiny_llama, llama_adapter, tmp_path, prompts):
         assert chunks[-1].start + chunks[-1].length == prompt + 59
         assert {chunk.rung for chunk in chunks} <= {2, 4, 8}
         assert chunks[0].signals == {"entropy": None, "novelty": None, "attention": None, "prior": None}
-        assert chunks[0].rung == 8
+        assert chunks[0].rung == 4, "the rung of the default budget"
         assert set(chunks[-1].signals["entropy"]) == {"mean", "max", "last"}
         assert chunks[0].kv_format == ["float32"]
         assert {name for chunk in chunks for name in chunk.kv_format} > {"float32"}
@@ -303,10 +311,11 @@ def test_new_tokens_count_up_to_the_end_of_sequence(tiny_llama, llama_adapter, p
 
 
 BAD = {
-    "negative budget": ({"budget": -0.1}, r"budget: expected a number in \[0, 1\]"),
+    "negative budget": ({"budget": -0.1}, r"budget: expected a share of the full adapter's cost in \[0, 1\]"),
     "budget above one": ({"budget": 1.5}, "budget: expected"),
-    "budget without a policy": ({"budget": 0.5}, "expected a policy"),
-    "latency without a policy": ({"latency_budget_ms": 5.0}, "expected a policy"),
+    "budget without a policy": ({"budget": 0.5}, "policy: expected one to spend budget=0.5 by"),
+    "latency without a policy": ({"latency_budget_ms": 5.0}, "policy: expected one to spend latency_budget_ms=5.0 by"),
+    "rung and budget": ({"rung": 2, "budget": 1.0}, "rung: expected a fixed rung alone"),
     "rung above the rank": ({"rung": 9}, "up to the adapter's 8, got 9"),
     "negative rung": ({"rung": -1}, "rung"),
     "no prompt": ({"prompts": []}, "prompts: expected"),
@@ -339,3 +348,65 @@ def test_policy_of_another_model_or_adapter_is_refused(
         tiny_llama.lm_head.weight.add_(1)
     with pytest.raises(ValueError, match="model: expected fingerprint"):
         generate(tiny_llama, llama_adapter, ids, policy=policy)
+
+
+def test_the_stop_token_of_the_call_ends_the_count(tiny_llama, llama_adapter, prompts):
+    free = generate(tiny_llama, llama_adapter, prompts["input_ids"], **prompt_mask(prompts), **GREEDY, **exactly(20))
+    first = free.sequences[0, prompts["input_ids"].shape[1] :].tolist()
+    stop = first[3]
+    expected = first.index(stop) + 1
+    for options in ({"eos_token_id": stop}, {"generation_config": GenerationConfig(eos_token_id=stop)}):
+        out = generate(
+            tiny_llama, llama_adapter, prompts["input_ids"], **prompt_mask(prompts), **GREEDY, **options,
+            max_new_tokens=20, return_trace=True,
+        )  # fmt: skip
+        assert out.tokens[0] == expected
+        last = out.trace[0][-1]
+        assert last.start + last.length == int(prompts["attention_mask"][0].sum()) + expected - 1
+
+
+def prompt_mask(prompts):
+    return {"attention_mask": prompts["attention_mask"]}
+
+
+def test_a_cache_whose_rows_were_fed_padding_is_refused_for_the_next_turn(tiny_llama, llama_adapter, prompts):
+    with adaptive(tiny_llama, llama_adapter) as run:
+        cache = run.new_cache(3)
+        tiny_llama.generate(**prompts, **GREEDY, **exactly(5), past_key_values=cache)
+        columns = prompts["input_ids"].shape[1] + 4
+        mask = torch.ones(3, columns + 6).long()
+        mask[:, : prompts["input_ids"].shape[1]] = prompts["attention_mask"]
+        mask[0, columns - 2 : columns] = 0  # row 0 ended early: what followed was padding
+        with pytest.raises(ValueError, match="start a new cache"):
+            tiny_llama(torch.ones(3, 6).long(), attention_mask=mask, past_key_values=cache)
+
+
+def test_the_next_turn_is_prompt_again(tiny_llama, llama_adapter, prompts):
+    with adaptive(tiny_llama, llama_adapter) as run:
+        cache = run.new_cache(3)
+        part = tiny_llama.generate(**prompts, **GREEDY, **exactly(5), past_key_values=cache)
+        mask = torch.cat([prompts["attention_mask"], torch.ones(3, 9).long()], 1)
+        turn = torch.cat([part, torch.ones(3, 4).long()], 1)
+        tiny_llama.generate(turn, attention_mask=mask, **GREEDY, **exactly(3), past_key_values=cache)
+        assert torch.equal(cache.stream.prompt_tokens, mask.sum(1))
+
+
+@pytest.mark.parametrize("option", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_caches_and_prefill_pieces_of_others_are_refused(tiny_llama, llama_adapter, prompts, option):
+    with adaptive(tiny_llama, llama_adapter), pytest.raises(ValueError, match="leave it out"):
+        tiny_llama.generate(**prompts, **GREEDY, **exactly(3), **option)
+
+
+def test_text_beyond_the_context_is_refused(tiny_llama, llama_adapter):
+    limit = tiny_llama.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"context of {limit}"):
+        generate(tiny_llama, llama_adapter, torch.ones(1, limit).long(), max_new_tokens=1)
+
+
+def test_stop_strings_stop(stories_path, load_model, make_peft_adapter, tmp_path):
+    model = load_model(stories_path)
+    tokenizer = load_tokenizer(stories_path)
+    adapter = make_peft_adapter(lambda: load_model(stories_path), tmp_path / "adapter", r=4, alpha=4)
+    out = generate(model, adapter, "Once upon a time", tokenizer=tokenizer, max_new_tokens=60, stop_strings=["."])
+    assert out.texts[0].rstrip().endswith(".")
+    assert out.tokens[0] < 60

@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from policy.files import new_folder
 
-from .adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, load_adapter
-from .command import one_line_errors
-from .ladder import Ladder, build_ladder
+from ..adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from ..ladder import Ladder
 
 
 def export_rung(
@@ -39,6 +38,8 @@ def export_rung(
     have or rank 0, FileExistsError when `output` exists: nothing is overwritten.
     """
     ranks = dict(zip(ladder.modules, ladder.rank_table[ladder.rung_index(rung)].tolist(), strict=True))
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a positive number, got {scale}; correct it")
     largest = max(ranks.values())
     if largest == 0:
         raise ValueError("rung: expected a rank above 0, got 0; rank 0 is the base model without an adapter")
@@ -77,24 +78,3 @@ def export_rung(
 
 def _rows(factor: Tensor, rank: int, rows: int) -> Tensor:
     return torch.cat([factor[:rank], factor.new_zeros(rows - rank, factor.shape[1])])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m runtime.export", description="Write a rung as a PEFT adapter.")
-    parser.add_argument("--adapter", required=True, help="PEFT LoRA folder or hub id")
-    parser.add_argument("--rung", required=True, type=int, help="rank to write")
-    parser.add_argument("--output", required=True, help="folder to create")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the update")
-    parser.add_argument("--uniform", action="store_true", help="one rank for all modules, padded with zeros")
-    args = parser.parse_args()
-    with one_line_errors():
-        adapter = load_adapter(args.adapter)
-        ladder = build_ladder(adapter, sorted({args.rung, adapter.rank}))
-        path = export_rung(
-            ladder, args.rung, args.output, base_model=adapter.base_model, scale=args.scale, uniform=args.uniform
-        )
-        print(f"rung {args.rung} written to {path}")
-
-
-if __name__ == "__main__":
-    main()
