@@ -31,11 +31,12 @@ def completion_mask(
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, *, side: Side = "right") -> dict[str, Tensor]:
-    """Rows of `encode` to one batch, on the CPU.
+    """Rows of `encode` or `pack` to one batch, on the CPU.
 
     Gives `input_ids` [B, T] int64, `attention_mask` [B, T] int64 (1 for real tokens), `completion_mask` [B, T] bool
-    and `prompt_tokens` [B] int64 (without padding, on either side). A tokenizer without a padding token can lend any
-    id, EOS for instance, since padding is masked. Raises ValueError for no examples, a missing id or an unknown side.
+    and `prompt_tokens` [B] int64 (without padding, on either side). A row's own `completion_mask`, where it has one,
+    is taken over. A tokenizer without a padding token can lend any id, EOS for instance, since padding is masked.
+    Raises ValueError for no examples, a missing id or an unknown side.
     """
     _check_side(side)
     if not examples:
@@ -47,15 +48,18 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, *, side: S
     total = int(lengths.max())
     input_ids = torch.full((len(examples), total), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(examples), total), dtype=torch.int64)
+    completion = completion_mask(lengths, prompt_tokens, total_tokens=total, side=side)
     for row, example in enumerate(examples):
         ids = torch.as_tensor(example["input_ids"], dtype=torch.int64)
         real = slice(0, len(ids)) if side == "right" else slice(total - len(ids), total)
         input_ids[row, real] = ids
         attention_mask[row, real] = 1
+        if "completion_mask" in example:
+            completion[row, real] = torch.as_tensor(example["completion_mask"], dtype=torch.bool)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "completion_mask": completion_mask(lengths, prompt_tokens, total_tokens=total, side=side),
+        "completion_mask": completion,
         "prompt_tokens": prompt_tokens,
     }
 

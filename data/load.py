@@ -36,9 +36,9 @@ def load_documents(name: str, split: str = "train", *, config: str | None = None
 
 
 def split_names(name: str, *, config: str | None = None) -> tuple[str, ...]:
-    """The splits `load_documents` can give for `name`; where there is one alone, `split_documents` makes three.
+    """The splits `load_documents` can give for `name`, at least one.
 
-    Only a hub dataset that is not built in is asked from the hub.
+    Only a hub dataset that is not built in is asked from the hub. Raises FileNotFoundError for a folder without any.
     """
     if name in SOURCES:
         return SOURCES[name].splits

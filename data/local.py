@@ -38,11 +38,19 @@ def is_local(name: str) -> bool:
 
 
 def local_splits(name: str) -> tuple[str, ...]:
-    """The splits of a local path: those a folder holds, or ("train",) for a file or a pair of files."""
+    """The splits of a local path: those a folder holds, or ("train",) for a file or a pair of files.
+
+    Raises FileNotFoundError for a folder that holds none.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return ("train",)
-    return tuple(split for split in SPLITS if _split_files(folder, split))
+    found = tuple(split for split in SPLITS if _split_files(folder, split))
+    if not found:
+        raise FileNotFoundError(
+            f"expected train.jsonl, validation.jsonl or test.jsonl in {folder}, got none; do add them"
+        )
+    return found
 
 
 def load_local(name: str, split: str, config: str | None) -> Dataset:
@@ -53,7 +61,7 @@ def load_local(name: str, split: str, config: str | None) -> Dataset:
     elif split != "train":
         raise ValueError(
             f"expected split 'train' of {name} (a single file is one split), got {split!r}; do pass a folder with "
-            f"{split}.jsonl, or split_documents(load_documents({name!r}))"
+            f"{split}.jsonl"
         )
     if ":" in name and not path.exists():
         return _load_pair(name, config)
@@ -77,11 +85,7 @@ def _folder_file(folder: Path, split: str) -> Path:
         raise ValueError(f"expected one file for split {split!r} in {folder}, got {names}; do keep one of them")
     if not files:
         found = list(local_splits(str(folder)))
-        if found:
-            raise ValueError(f"expected a split of {folder}, one of {found}, got {split!r}; do pass one of these")
-        raise FileNotFoundError(
-            f"expected train.jsonl, validation.jsonl or test.jsonl in {folder}, got none; do add them"
-        )
+        raise ValueError(f"expected a split of {folder}, one of {found}, got {split!r}; do pass one of these")
     return files[0]
 
 

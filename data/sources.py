@@ -31,12 +31,8 @@ class Source:
         """The hub's name for `split`; ValueError names the splits there are."""
         resolved = dict(self.aliases).get(split, split)
         if resolved not in self.splits:
-            alone = (
-                f"; do split_documents(load_documents({name!r}, {self.splits[0]!r}))" if len(self.splits) == 1 else ""
-            )
             raise ValueError(
-                f"expected a split of {name!r}, one of {list(self.splits)}, got {split!r}"
-                f"{alone or '; do pass one of these'}"
+                f"expected a split of {name!r}, one of {list(self.splits)}, got {split!r}; do pass one of these"
             )
         return resolved
 

@@ -90,6 +90,8 @@ def _probing(probe: AttentionProbe, original: str) -> Callable[..., tuple[Tensor
         # Each modelling file defines the eager attention that knows its own extras (soft caps, sinks).
         eager = sys.modules[type(module).__module__].eager_attention_forward
         if module.layer_idx in probe.layers:
+            if original == "sdpa":  # which knows no soft cap: a probed layer computes what its neighbours do
+                kwargs.pop("softcap", None)
             output, weights = eager(module, query, key, value, attention_mask, **kwargs)
             probe.record(weights)
             return output, None

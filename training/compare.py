@@ -1,13 +1,16 @@
 """Compare the learned policy with every baseline, by rules that favour none of them.
 
 Every policy's knob is set on validation documents and measured once on test documents, aimed at the mean rank of every
-fixed rung. The first block runs at that fixed rung too, so no prompt runs above the baseline's. The verdict is read at
-the fixed rungs 8, 16 and 24 themselves (of those there are): there a policy's KL is interpolated linearly between its
-own measured points, which for a convex curve can only overstate it, and the fixed rung's KL is as measured.
+fixed rung. Every run starts at that rung and keeps its prompt at or below it, so no prompt costs more than the
+baseline's. The verdict is read at the fixed rungs 8, 16 and 24 themselves (of those there are): there a policy's KL is
+interpolated linearly between its own measured points, which for a convex curve can only overstate it, and the fixed
+rung's KL is as measured.
 
-    headroom = KL(fixed) - KL(oracle),   captured = (KL(fixed) - KL(learned)) / headroom,   summed over those rungs
+    headroom = KL(fixed) - KL(oracle),   captured = (KL(fixed) - KL(learned)) / headroom,   averaged over those rungs
 
-with a 95 % interval from resampling test documents.
+with 95 % intervals from resampling test documents. The oracle knows every rung's damage on the test documents ahead and
+may also stay at the fixed rung, so its headroom is never negative; where it cannot be told from zero, nothing can be
+captured and the share is not given.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from .measure import Scores
 
 VERDICT_RANKS = (8, 16, 24)
 KNOB_POINTS = 6
+MEASURABLE_NATS = 1e-6
+"""A headroom whose interval reaches below this is none."""
 
 Progress = Callable[[str], None]
 
@@ -76,11 +81,13 @@ class Verdict:
     """KL of each policy at those mean ranks."""
     headroom: float
     """Mean over them of KL(fixed) - KL(oracle), nats per completion token."""
-    captured: float
-    """Share of the headroom the learned policy captures; 0 where there is no headroom."""
-    captured_interval: tuple[float, float]
+    headroom_interval: tuple[float, float]
+    captured: float | None
+    """Share of the headroom the learned policy captures; None where the headroom cannot be told from zero."""
+    captured_interval: tuple[float, float] | None
+    gain: float
+    """Mean of KL(fixed) - KL(learned), nats; negative: the fixed rungs are better."""
     gain_interval: tuple[float, float]
-    """95 % interval of the mean of KL(fixed) - KL(learned), nats."""
     exported: str
     """`learned` when it beats the fixed rungs beyond chance and percentile at no rung does better, else `fixed`."""
     reason: str = field(default="")
@@ -146,25 +153,30 @@ def judge(
     ranks = tuple(wanted[i] for i in reached)
     kl = {name: [values[i] for i in reached] for name, values in kl.items()}
     if not ranks:
-        return Verdict((), kl, 0.0, 0.0, (0.0, 0.0), (0.0, 0.0), "fixed", "no policy's curve reaches a fixed rung")
+        none = (0.0, 0.0)
+        return Verdict((), kl, 0.0, none, None, None, 0.0, none, "fixed", "no policy's curve reaches a fixed rung")
     indices = [columns[rank] for rank in ranks]
     gain, headroom = _gain_and_headroom(curves, indices, rung_rank, None)
     draws = [_gain_and_headroom(curves, indices, rung_rank, d) for d in _resamples(curves, resamples, seed)]
     gains, rooms = (np.array(column) for column in zip(*draws, strict=True))
-    captured = _share(gain, headroom)
-    shares = np.array([_share(g, h) for g, h in zip(gains, rooms, strict=True)])
-    interval = _interval(shares)
-    gain_interval = _interval(gains)
-    beats_fixed = gain_interval[0] > 0
+    headroom_interval, gain_interval = _interval(rooms), _interval(gains)
+    captured, captured_interval = None, None
+    if headroom_interval[0] > MEASURABLE_NATS:
+        captured, captured_interval = gain / headroom, _interval(gains / rooms)
     worse = [r for r, mine, other in zip(ranks, kl["learned"], kl["percentile"], strict=True) if mine > other]
-    if not beats_fixed:
-        reason = f"gain over the fixed rungs is within chance: [{gain_interval[0]:.5f}, {gain_interval[1]:.5f}] nats"
+    low, high = gain_interval
+    if high < 0:
+        reason = f"worse than the fixed rungs: gain [{low:.5f}, {high:.5f}] nats"
+    elif low <= 0:
+        reason = f"gain over the fixed rungs is within chance: [{low:.5f}, {high:.5f}] nats"
     elif worse:
         reason = f"percentile thresholds do better at mean rank {', '.join(map(str, worse))}"
     else:
         reason = "beats the fixed rungs beyond chance and percentile thresholds everywhere"
-    exported = "learned" if beats_fixed and not worse else "fixed"
-    return Verdict(ranks, kl, headroom, captured, interval, gain_interval, exported, reason)
+    exported = "learned" if low > 0 and not worse else "fixed"
+    return Verdict(
+        ranks, kl, headroom, headroom_interval, captured, captured_interval, gain, gain_interval, exported, reason
+    )
 
 
 def _at(curve: Curve, index: int, rung_rank: np.ndarray, draws: np.ndarray | None = None) -> float:
@@ -180,11 +192,7 @@ def _gain_and_headroom(
         np.array([_at(curves[name], index, rung_rank, draws) for index in indices])
         for name in ("fixed", "learned", "oracle")
     )
-    return float(np.nanmean(fixed - learned)), float(np.nanmean(fixed - oracle))
-
-
-def _share(gain: float, headroom: float) -> float:
-    return gain / headroom if headroom > 0 else 0.0
+    return float(np.nanmean(fixed - learned)), float(np.nanmean(fixed - np.fmin(oracle, fixed)))
 
 
 def _resamples(curves: dict[str, Curve], count: int, seed: int) -> Iterator[np.ndarray]:

@@ -13,13 +13,19 @@ import datasets
 import torch
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data import collate, encode, load_documents, split_names
 
 from .settings import FitSettings
 
 Example = dict[str, Any]
+
+PARTS = ("train", "validation", "test")
+ALL = "all"
+HELD_OUT = 0.5
+"""Share of the groups that a fit does not train on, where it divides one split."""
+TEST_OF_HELD_OUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Corpus:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    leaked: int = 0
+    """Documents left out of validation and test because an earlier split has their text."""
 
 
 @dataclass(frozen=True)
@@ -51,45 +59,102 @@ class Batch:
 def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, fit: FitSettings, seed: int) -> Corpus:
     """Read, split and encode a dataset.
 
-    A dataset with train, validation and test splits keeps them; one without is split by text (scikit-learn's grouped
-    split), so that no document, nor an exact copy of it, lies on both sides. Raises ValueError when a part would be
-    empty.
+    A dataset with train, validation and test splits keeps them, less what leaked from one into the next; of any other,
+    train, or else the first split, is divided in three (see `_divide`). Raises ValueError when a part would be empty.
     """
     names = split_names(dataset)
-    if {"train", "validation", "test"} <= set(names):
-        parts = [load_documents(dataset, name) for name in ("train", "validation", "test")]
+    leaked = 0
+    if set(PARTS) <= set(names):
+        parts = {name: load_documents(dataset, name) for name in PARTS}
+        read = sum(map(len, parts.values()))
+        parts["validation"] = without_leaks(parts["validation"], [parts["train"]], "validation")
+        parts["test"] = without_leaks(parts["test"], [parts["train"], parts["validation"]], "test")
+        leaked = read - sum(map(len, parts.values()))
     else:
-        parts = _grouped_split(load_documents(dataset, names[0]), fit, seed)
+        parts = _divide(load_documents(dataset, _first(names)), seed)
     amounts = (fit.train_documents, fit.validation_documents, fit.test_documents)
-    return Corpus(*(_encode(p, n, tokenizer, fit, seed) for p, n in zip(parts, amounts, strict=True)))
+    train, validation, test = (
+        _encode(parts[name], amount, tokenizer, fit, seed) for name, amount in zip(PARTS, amounts, strict=True)
+    )
+    return Corpus(train, validation, test, leaked)
 
 
-def _grouped_split(documents: datasets.Dataset, fit: FitSettings, seed: int) -> list[datasets.Dataset]:
-    different = len(set(_texts(documents)))
-    if different < 3:
-        raise ValueError(f"dataset: expected at least 3 different documents to split, got {different}; give more text")
-    wanted = (fit.train_documents, fit.validation_documents, fit.test_documents)
-    held_out = (wanted[1] + wanted[2]) / sum(wanted)
-    train, rest = _split_once(documents, held_out, seed)
-    validation, test = _split_once(rest, wanted[2] / (wanted[1] + wanted[2]), seed)
-    return [train, validation, test]
+def load_split(dataset: str, split: str, seed: int = 0) -> datasets.Dataset:
+    """Documents of one split as `load_corpus` would take them, all of it and not encoded.
+
+    So `test` holds nothing that a fit with this seed has seen. Of a split that a fit divides there are the three parts;
+    `all` is everything there is. Raises ValueError for another name, and all that `load_documents` raises.
+    """
+    names = split_names(dataset)
+    if split == ALL and ALL not in names:
+        return datasets.concatenate_datasets([load_documents(dataset, name) for name in names])
+    own = names if set(PARTS) <= set(names) else tuple(name for name in names if name != _first(names))
+    if split in own:
+        # What comes before it is what a fit trains on and sets its knobs on.
+        before = PARTS[: PARTS.index(split)] if split in PARTS else (_first(names),)
+        earlier = [load_documents(dataset, name) for name in before if name in names]
+        return without_leaks(load_documents(dataset, split), earlier, split)
+    known = tuple(dict.fromkeys((*PARTS, *own)))
+    if split not in PARTS:
+        raise ValueError(f"split: expected one of {[*known, ALL]} of {dataset}, got {split!r}; do pass one of these")
+    return _divide(load_documents(dataset, _first(names)), seed)[split]
 
 
-def _split_once(documents: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    split = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
-    texts = _texts(documents)
-    try:
-        first, second = next(split.split(range(len(documents)), groups=texts))
-    except ValueError:  # scikit-learn's way of saying that one side would be empty
+def _first(names: Sequence[str]) -> str:
+    """The split that a fit divides when the three it needs are not all there."""
+    return "train" if "train" in names else names[0]
+
+
+def without_leaks(
+    documents: datasets.Dataset, earlier: Sequence[datasets.Dataset], split: str = "test"
+) -> datasets.Dataset:
+    """The documents whose text is in none of the `earlier` splits. Raises ValueError when that leaves nothing."""
+    taken = {text for part in earlier for text in _texts(part)}
+    kept = [row for row, text in enumerate(_texts(documents)) if text not in taken]
+    if not kept:
         raise ValueError(
-            f"dataset: expected enough different documents to split, got {len(set(texts))} for one part; give more text"
-        ) from None
-    return documents.select(sorted(first)), documents.select(sorted(second))
+            f"dataset: expected documents in {split!r} that no earlier split has, got none of {len(documents)}; "
+            "do give other text"
+        )
+    return documents if len(kept) == len(documents) else documents.select(kept)
+
+
+def _divide(documents: datasets.Dataset, seed: int) -> dict[str, datasets.Dataset]:
+    """Train, validation and test by scikit-learn's grouped split: what shares a group lies on one side.
+
+    The group is the first line of the prompt, which is the context where several questions are about one. A first
+    line that makes fewer than three groups of everything is a template; then, and without a prompt, the text is its own
+    group, so that at least no exact copy lies on both sides. The shares are constants: the parts depend on the
+    documents and the seed alone, whatever amounts a fit takes from them.
+    """
+    texts = _texts(documents)
+    heads = [p.split("\n", 1)[0] if p.strip() else t for p, t in zip(documents["prompt"], texts, strict=True)]
+    groups = heads if len(set(heads)) >= len(PARTS) else texts
+    different = len(set(groups))
+    if different < len(PARTS):
+        raise ValueError(f"dataset: expected at least 3 different documents to split, got {different}; give more text")
+    train, rest = _divide_once(range(len(documents)), groups, HELD_OUT, seed)
+    validation, test = _divide_once(rest, groups, TEST_OF_HELD_OUT, seed)
+    return {name: documents.select(rows) for name, rows in zip(PARTS, (train, validation, test), strict=True)}
+
+
+def _divide_once(rows: Sequence[int], groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """`rows` in two, in order; the second has `share` of the groups."""
+    split = GroupShuffleSplit(n_splits=1, test_size=share, random_state=seed)
+    first, second = next(split.split(rows, groups=[groups[row] for row in rows]))
+    return [rows[i] for i in sorted(first)], [rows[i] for i in sorted(second)]
 
 
 def _texts(documents: datasets.Dataset) -> list[str]:
     """What makes two documents the same one: ids tell exact copies apart."""
     return [f"{p}\n{c}" for p, c in zip(documents["prompt"], documents["completion"], strict=True)]
+
+
+def check_context(model: PreTrainedModel, max_tokens: int, name: str = "max_tokens") -> None:
+    """Raise ValueError when documents of `max_tokens` would not fit the model's context."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and max_tokens > context:
+        raise ValueError(f"{name}: expected at most the model's context of {context}, got {max_tokens}; lower it")
 
 
 def _encode(
@@ -115,9 +180,24 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     return Batch(columns["input_ids"], real, scored, columns["prompt_tokens"])
 
 
-def batches(examples: Sequence[Example], rows: int) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of at most `rows` documents of like length, with the documents' indices in `examples`."""
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i]["input_ids"]), i))
-    for start in range(0, len(order), rows):
-        index = order[start : start + rows]
-        yield index, make_batch([examples[i] for i in index])
+def batches(examples: Sequence[Example], rows: int, positions: int | None = None) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of documents of like length, with the documents' indices in `examples`, which may lie on disk.
+
+    A batch has at most `rows` documents, and at most `positions` tokens with padding, unless one alone has more.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    index: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        # Ascending: with this document the whole batch would have its length.
+        too_large = positions is not None and (len(index) + 1) * lengths[i] > positions
+        if index and (len(index) == rows or too_large):
+            yield index, make_batch([examples[j] for j in index])
+            index = []
+        index.append(i)
+    if index:
+        yield index, make_batch([examples[j] for j in index])
+
+
+def positions_within(model: PreTrainedModel, logits_bytes: int) -> int:
+    """How many positions' float32 logits fit into `logits_bytes`: at least 1."""
+    return max(1, logits_bytes // (4 * model.config.get_text_config(decoder=True).vocab_size))

@@ -2,21 +2,20 @@
 
 Completion tokens of held-out documents are scored in runs that really decide, chunk by chunk: at `block_tokens` 1,
 where a forward takes step-by-step decode's decisions, and at the policy's own block (DESIGN section 6), beside the two
-static ends, no adapter and the full rank. Milliseconds are those of the scoring forward, a batch of rows at a time.
+static ends, no adapter and the full rank. Text without prompts is scored as running text, in consecutive blocks of
+`max_tokens`, which is what perplexity on WikiText usually means. Milliseconds are those of the scoring forward, a batch
+of rows at a time.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-import datasets
 import torch
-import transformers
 from jsonargparse import ArgumentParser
 from rich.box import SIMPLE
 from rich.console import Console
@@ -26,7 +25,7 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data import encode, load_documents
+from data import encode, pack
 from runtime.adapter import load_adapter
 from runtime.adaptive import activate
 from runtime.command import one_line_errors
@@ -34,11 +33,16 @@ from runtime.fingerprint import model_fingerprint
 from runtime.loading import load_model, load_tokenizer
 from runtime.plan import RunPlan, plan_run
 
-from .documents import Batch, Example, batches
+from .command import command_line, quiet_libraries
+from .documents import Batch, Example, batches, check_context, load_split, positions_within
 from .fit import EMBEDDED
 
 ROWS = 8
-"""Documents per forward."""
+"""Documents per forward, at most."""
+LOGITS_BYTES = 2**28
+"""Float32 logits of one forward take no more, unless one document alone does."""
+WHOLE = 2**31 - 1
+"""Tokens to which documents are cut that are packed: not at all."""
 IGNORED = -100
 """Target of a position that is not scored."""
 PATIENCE_SECONDS = 2.0
@@ -51,8 +55,11 @@ class Evaluation:
     name: str
     block_tokens: int
     documents: int
+    """Rows scored: documents, or blocks of running text."""
+    packed: bool
+    """Whether the rows are blocks of running text."""
     scored_tokens: int
-    """Completion tokens; the first token of a document without prompt is predicted by nothing and not scored."""
+    """Completion tokens; the first token of a row without prompt is predicted by nothing and not scored."""
     perplexity: float
     mean_rank: float
     """Byte-weighted active rank over the positions that predict scored tokens."""
@@ -74,6 +81,7 @@ def evaluate(
     rung: int | None = None,
     dataset: str = str(EMBEDDED / "text"),
     split: str = "test",
+    seed: int = 0,
     limit: int | None = None,
     max_tokens: int = 512,
     block_tokens: int | None = None,
@@ -88,9 +96,10 @@ def evaluate(
         budget: Mean adapter cost relative to the top rung, 0 to 1; default: the policy's own.
         rung: One fixed rank instead of a policy.
         dataset: Folder with train/validation/test .jsonl[.xz], a file, a built-in name or any `datasets` name.
-        split: Split of the dataset.
+        split: Split of the dataset, or `all`; of a single file, the part of this name that `training.fit` makes of it.
+        seed: The seed of the fit, from which those parts follow.
         limit: First documents only.
-        max_tokens: Documents are cut to this many tokens, prompt included.
+        max_tokens: Documents are cut to this many tokens, prompt included; without any prompt, the length of a block.
         block_tokens: Tokens per forward of the second run; default: the policy's.
         dtype: float32, bfloat16, float16 or auto; what the model computes in.
     """
@@ -101,7 +110,7 @@ def evaluate(
     blocks = {1, plan.settings.block_tokens if block_tokens is None else block_tokens}
     runs = {"no adapter": plan_run(loaded, rung=0), "full rank": plan_run(loaded)}
     runs |= {f"block {block}": with_block(plan, block) for block in sorted(blocks)}
-    examples = load_examples(dataset, split, limit, max_tokens, network, load_tokenizer(model))
+    examples = load_examples(dataset, split, limit, max_tokens, network, load_tokenizer(model), seed)
     return [measure_perplexity(name, network, run, examples) for name, run in runs.items()]
 
 
@@ -117,12 +126,21 @@ def load_examples(
     max_tokens: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Example]:
-    """Encoded documents of one split. Raises ValueError when they would not fit the model's context."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and max_tokens > context:
-        raise ValueError(f"max_tokens: expected at most the model's context of {context}, got {max_tokens}; lower it")
-    return [dict(row) for row in encode(load_documents(dataset, split, limit=limit), tokenizer, max_tokens=max_tokens)]
+    seed: int = 0,
+) -> Sequence[Example]:
+    """Encoded documents of one split, or blocks of its running text when none has a prompt; rows stay on disk.
+
+    Raises ValueError when they would not fit the model's context.
+    """
+    check_context(model, max_tokens)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1 document, got {limit}; do leave it out for all of them")
+    documents = load_split(dataset, split, seed)
+    if limit is not None:
+        documents = documents.select(range(min(limit, len(documents))))
+    if any(prompt.strip() for prompt in documents["prompt"]):
+        return encode(documents, tokenizer, max_tokens=max_tokens)
+    return pack(encode(documents, tokenizer, max_tokens=WHOLE), max_tokens)
 
 
 @torch.no_grad()
@@ -134,7 +152,8 @@ def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, example
     kv_bytes = kv_bytes_full = tokens = 0
     seconds = 0.0
     with activate(model, plan) as run:
-        for index, batch in with_progress(list(batches(examples, ROWS)), name):
+        made = batches(examples, ROWS, positions_within(model, LOGITS_BYTES))
+        for index, batch in with_progress(made, name, len(examples), lambda item: len(item[0])):
             batch = batch.to(model.device)
             started = time.perf_counter()
             cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
@@ -149,8 +168,9 @@ def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, example
             kv_bytes_full += cache.kv_bytes_full()
     rank, scored, prompt_rank, prompt = sums.tolist()
     return Evaluation(
-        name, plan.settings.block_tokens, len(examples), int(scored), float(metric.compute()), rank / scored,
-        prompt_rank / prompt if prompt else None, kv_bytes, kv_bytes_full, 1000 * seconds / tokens,
+        name, plan.settings.block_tokens, len(examples), "completion_mask" in examples[0], int(scored),
+        float(metric.compute()), rank / scored, prompt_rank / prompt if prompt else None, kv_bytes, kv_bytes_full,
+        1000 * seconds / tokens,
     )  # fmt: skip
 
 
@@ -169,16 +189,18 @@ def _rank_sums(rank: Tensor, batch: Batch) -> Tensor:
 _Item = TypeVar("_Item")
 
 
-def with_progress(items: Sequence[_Item], name: str) -> Iterator[_Item]:
+def with_progress(
+    items: Iterable[_Item], name: str, total: int, size: Callable[[_Item], int] = lambda _: 1
+) -> Iterator[_Item]:
     """The items; on a terminal with a progress bar once they have taken longer than two seconds."""
     started = time.perf_counter()
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True)
-    task = bar.add_task(name, total=len(items))
+    task = bar.add_task(name, total=total)
     try:
         for item in items:
             yield item
-            bar.advance(task)
+            bar.advance(task, size(item))
             slow = time.perf_counter() - started > PATIENCE_SECONDS
             if slow and console.is_terminal and not bar.live.is_started:
                 bar.start()
@@ -197,7 +219,8 @@ def _table(found: Sequence[Evaluation]) -> Table:
         "of full": lambda e: f"{e.kv_bytes / e.kv_bytes_full:.0%}",
         "ms/token": lambda e: f"{e.ms_per_token:.3f}",
     }
-    title = f"perplexity over {found[0].scored_tokens} completion tokens of {found[0].documents} documents"
+    rows = "blocks" if found[0].packed else "documents"
+    title = f"perplexity over {found[0].scored_tokens} completion tokens of {found[0].documents} {rows}"
     table = Table(title=title, box=SIMPLE)
     for name in columns:
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
@@ -216,24 +239,15 @@ def make_parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # `--max-tokens` is how `runtime.generate` spells its flags, `--max_tokens` how jsonargparse does.
-    given = [_underscored(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    parsed = make_parser().parse_args(given).as_dict()
+    parsed = make_parser().parse_args(command_line(arguments)).as_dict()
     parsed.pop("config", None)
     as_json = parsed.pop("json")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries()
     with one_line_errors():
         found = evaluate(**parsed)
         Console().print(_table(found))
         if as_json:
             print(json.dumps({**parsed, "runs": {run.name: asdict(run) for run in found}}))
-
-
-def _underscored(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from runtime.adapter import load_adapter
 from runtime.command import one_line_errors
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.ladder import build_ladder
-from runtime.loading import default_device, load_model, load_tokenizer
+from runtime.loading import default_device, device_name, load_model, load_tokenizer
 
+from .command import command_line, quiet_libraries
 from .compare import Curve, Verdict, areas, judge, table
-from .documents import load_corpus
+from .documents import check_context, load_corpus
 from .files import write_whole
 from .latency import measure_latency
 from .pipeline import (
@@ -89,16 +90,22 @@ def fit(
     say = _say
     torch.set_float32_matmul_precision("highest")
     L.seed_everything(seed, verbose=False)
+    folder = Path(output or Path("runs") / _run_name(adapter))
+    _check_folder(folder)
     loaded_adapter = load_adapter(adapter)
     ladder = build_ladder(loaded_adapter, rungs)
+    if len(ladder.rungs) < 2:
+        raise ValueError(f"rungs: expected at least two to choose between, got {list(ladder.rungs)}; add lower ones")
     network = load_model(model, dtype=dtype, device=_device(trainer))
+    check_context(network, amounts.max_tokens, "amounts.max_tokens")
     corpus = load_corpus(dataset, load_tokenizer(model), amounts, seed)
     settings = Settings(
         ladder.rungs, block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv
     )
     fingerprints = {"model": model_fingerprint(network), "adapter": adapter_fingerprint(loaded_adapter)}
     identity = {**fingerprints, "dtype": str(network.dtype), "rungs": list(ladder.rungs), "kind": ladder.kind}
-    folder = Path(output or Path("runs") / _run_name(adapter))
+    if corpus.leaked:
+        say(f"left out {corpus.leaked} validation and test documents whose text is in an earlier split")
     say(
         f"{len(corpus.train)} train, {len(corpus.validation)} validation, {len(corpus.test)} test documents; "
         f"rungs {ladder.rungs}; output {folder}"
@@ -136,9 +143,9 @@ def fit(
         "area": areas(curves, context.rung_rank),
         "compared_at": list(verdict.ranks),
         "kl_at": verdict.kl,
-        "headroom": verdict.headroom,
-        "captured": {"share": verdict.captured, "interval_95": list(verdict.captured_interval)},
-        "gain_over_fixed": {"interval_95": list(verdict.gain_interval)},
+        "headroom": {"nats": verdict.headroom, "interval_95": list(verdict.headroom_interval)},
+        "captured": {"share": verdict.captured, "interval_95": verdict.captured_interval},
+        "gain_over_fixed": {"nats": verdict.gain, "interval_95": list(verdict.gain_interval)},
         "exported": verdict.exported,
         "reason": verdict.reason,
         "operating_point": _operating_point(curves, checkpoint, context, latency),
@@ -147,8 +154,12 @@ def fit(
     candidates["learned"].save(folder / "learned")  # also when it is not the one to serve: to look at
     checkpoint.save(folder / "policy")
     figure = write_report(folder, summary)
-    params = {"adapter": Path(adapter).name, "seed": seed, "rungs": str(ladder.rungs), "exported": verdict.exported}
-    log_report(new_logger(folder, "", fresh=True), figure, summary, {**params, **asdict(amounts)})
+    params = {
+        "model": model, "adapter": adapter, "dataset": dataset, "seed": seed, "dtype": dtype,
+        "rungs": list(ladder.rungs), "block_tokens": block_tokens, "fade_tokens": fade_tokens,
+        "amounts": asdict(amounts), "signals": asdict(signals), "chunk": asdict(chunk), "kv": asdict(kv),
+    }  # fmt: skip
+    log_report(new_logger(folder, "", fresh=True), figure, summary, params)
     _print_verdict(summary, folder)
     return summary
 
@@ -159,6 +170,12 @@ def _say(message: str) -> None:
 
 def _device(trainer: dict[str, Any] | None) -> torch.device:
     return torch.device("cpu") if (trainer or {}).get("accelerator") == "cpu" else default_device()
+
+
+def _check_folder(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"output: expected a folder, got the file {path}; choose another path")
 
 
 def _run_name(adapter: str) -> str:
@@ -174,13 +191,16 @@ def _make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.
 
 
 def _latency(folder: Path, context: FitContext) -> LatencyTable:
-    """The measured table; a resumed run keeps the first one, so that its curves stay the same."""
+    """The measured table; a resumed run of the same fit on the same device keeps it, so its curves stay the same."""
     path = folder / "latency.json"
+    key = {**context.identity, "device": device_name(context.device)}
     if path.is_file():
-        return LatencyTable(**json.loads(path.read_text()))
+        record = json.loads(path.read_text())
+        if record["key"] == key:
+            return LatencyTable(**record["table"])
     measured = measure_latency(context.model, context.ladder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(asdict(measured)).encode())
+    write_whole(path, json.dumps({"key": key, "table": asdict(measured)}).encode())
     return measured
 
 
@@ -202,7 +222,7 @@ def _checkpoint(
         metrics={
             "headroom": verdict.headroom,
             "captured": verdict.captured,
-            "captured_interval_95": list(verdict.captured_interval),
+            "captured_interval_95": verdict.captured_interval,
             "compared_at": list(verdict.ranks),
             "kl_at": verdict.kl,
             "exported": verdict.exported,
@@ -236,10 +256,14 @@ def _print_verdict(summary: dict[str, Any], folder: Path) -> None:
     for i, rank in enumerate(summary["compared_at"]):
         shown.add_row(str(rank), *(f"{values[i]:.4f}" for values in summary["kl_at"].values()))
     console.print(shown)
-    low, high = summary["captured"]["interval_95"]
+    captured = summary["captured"]
+    share = "the headroom cannot be told from zero"
+    if captured["share"] is not None:
+        low, high = captured["interval_95"]
+        share = f"captured {captured['share']:.0%} (95 % interval {low:.0%} to {high:.0%})"
     console.print(
-        f"headroom {summary['headroom']:.4f} nats, captured {summary['captured']['share']:.0%} "
-        f"(95 % interval {low:.0%} to {high:.0%}); exported: {summary['exported']} ({summary['reason']})"
+        f"headroom {summary['headroom']['nats']:.4f} nats, {share}; exported: {summary['exported']} "
+        f"({summary['reason']})"
     )
     console.print(f"{folder}/policy written in {summary['seconds']:.0f} s; tensorboard --logdir {folder.parent}")
 
@@ -259,27 +283,15 @@ def make_parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
-    parsed: Namespace = parser.parse_args(arguments)
+    parsed: Namespace = parser.parse_args(command_line(arguments))
     with one_line_errors(), warnings.catch_warnings():
         given = parser.instantiate(parsed)  # builds the settings, which check themselves
         trainer = {k: v for k, v in vars(given.pop("trainer")).items() if v is not None}
         given.pop("config", None)
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        _quiet_libraries()
+        quiet_libraries()
         fit(**given.as_dict() if hasattr(given, "as_dict") else vars(given), trainer=trainer)
-
-
-def _quiet_libraries() -> None:
-    import logging
-
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

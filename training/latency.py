@@ -19,28 +19,30 @@ from runtime.plan import static_plan
 
 @torch.no_grad()
 def measure_latency(
-    model: PreTrainedModel, ladder: Ladder, *, context_tokens: int = 64, steps: int = 24
+    model: PreTrainedModel, ladder: Ladder, *, context_tokens: int = 64, rounds: int = 6, steps: int = 4
 ) -> LatencyTable:
     """Median decode step at batch 1 for every rung and for no adapter; the spread is the largest interquartile range.
 
-    This is the reference path, launches and controller included: at batch 1 the rungs hardly differ, and the table says
-    so (`resolved`) instead of pretending.
+    Rungs are timed in turn, round by round, so that a machine that speeds up or slows down does so for all of them; the
+    first round only warms up. This is the reference path, launches and controller included: at batch 1 the rungs hardly
+    differ, and the table says so (`resolved`) instead of pretending.
     """
     rungs = ladder.rungs
     if 0 not in ladder.rungs:  # the base model alone, through the same code
         none = torch.zeros_like(ladder.rank_table[:1])
         ladder = replace(ladder, rungs=(0, *ladder.rungs), rank_table=torch.cat([none, ladder.rank_table]))
     tokens = (torch.arange(context_tokens, device=model.device) % model.config.vocab_size)[None]
-    ms, spreads = {}, []
-    for rung in ladder.rungs:
-        with activate(model, static_plan(ladder, rung)) as run:
-            cache = run.new_cache(1)
-            run.logits(tokens, None, cache, keep=1)
-            times = [_step_ms(run, cache, tokens[:, -1:]) for _ in range(steps)][steps // 4 :]
-        ms[rung] = statistics.median(times)
-        quartiles = statistics.quantiles(times, n=4)
-        spreads.append(quartiles[2] - quartiles[0])
-    return LatencyTable(device_name(model.device), tuple(ms[r] for r in rungs), ms[0], max(spreads))
+    times: dict[int, list[float]] = {rung: [] for rung in ladder.rungs}
+    for number in range(rounds + 1):
+        for rung in ladder.rungs:
+            with activate(model, static_plan(ladder, rung)) as run:
+                cache = run.new_cache(1)
+                run.logits(tokens, None, cache, keep=1)
+                measured = [_step_ms(run, cache, tokens[:, -1:]) for _ in range(steps)]
+            times[rung] += measured if number else []
+    spread = max(quartiles[2] - quartiles[0] for quartiles in (statistics.quantiles(t, n=4) for t in times.values()))
+    ms = {rung: statistics.median(t) for rung, t in times.items()}
+    return LatencyTable(device_name(model.device), tuple(ms[rung] for rung in rungs), ms[0], spread)
 
 
 def _step_ms(run: AdaptiveRun, cache: AdaptiveCache, token: Tensor) -> float:

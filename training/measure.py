@@ -21,9 +21,14 @@ from runtime.adaptive import activate
 from runtime.ladder import Ladder
 from runtime.plan import RunPlan, static_plan
 
-from .documents import Batch, Example, batches
-from .oracle import oracle_rungs
+from .documents import Batch, Example, batches, positions_within
+from .oracle import by_position, oracle_rungs
 from .targets import token_kl
+
+LOGITS_BYTES = 2**28
+"""Float32 log-probabilities of one batch take no more, unless one document alone does."""
+KEPT_BYTES = 2**30
+"""Full-rank log-probabilities are kept between measurements up to this; beyond, they are computed again each time."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +62,42 @@ class Scores:
         return float(self.prompt_rank.sum() / total) if total else None
 
 
+@dataclass(frozen=True)
+class Hindsight:
+    """What the oracle knows of one document's C chunks."""
+
+    starts: Tensor
+    """[C] long"""
+    damage: Tensor
+    """[C, J] nats per token"""
+    scored: Tensor
+    """[C] scored tokens"""
+
+
 Policies = Callable[[Sequence[int]], RankPolicy]
 """The policy for a batch of these documents; only an oracle's differs from batch to batch."""
 
 
 class HeldOut:
-    """Documents with their full-rank log-probabilities computed once per batch, against which policies are measured."""
+    """Documents with their full-rank log-probabilities, against which policies are measured."""
 
     def __init__(self, model: PreTrainedModel, ladder: Ladder, examples: Sequence[Example], rows: int = 24) -> None:
         self.model, self.ladder, self.examples = model, ladder, examples
-        self.batches = [(index, batch.to(model.device)) for index, batch in batches(examples, rows)]
+        made = batches(examples, rows, positions_within(model, LOGITS_BYTES))
+        self.batches = [(index, batch.to(model.device)) for index, batch in made]
         self._rung_rank = ladder.mean_rank()
-        self._full: list[Tensor] = []
+        self._full: dict[int, Tensor] = {}
 
     def _full_log_p(self, number: int) -> Tensor:
-        if number == len(self._full):
-            batch = self.batches[number][1]
-            with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
-                logits = run.logits(batch.tokens, batch.real, run.new_cache(len(batch.tokens)))
-            self._full.append(logits.float().log_softmax(-1))
-        return self._full[number]
+        if number in self._full:
+            return self._full[number]
+        batch = self.batches[number][1]
+        with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
+            logits = run.logits(batch.tokens, batch.real, run.new_cache(len(batch.tokens)))
+        log_p = logits.float().log_softmax(-1)
+        if sum(kept.nbytes for kept in self._full.values()) + log_p.nbytes <= KEPT_BYTES:
+            self._full[number] = log_p
+        return log_p
 
     @torch.no_grad()
     def measure(self, policy: RankPolicy | Policies, settings: Settings, knob: float) -> Scores:
@@ -113,27 +134,34 @@ class HeldOut:
             "nll": (nll * batch.scored).sum(1),
         }
 
-    def with_tables(self, tables: Sequence[Tensor], scales: Tensor, window: int) -> HeldOut:
-        """Give the documents their damage tables [T, J, 1] at the rungs' `scales` [J], which the oracle needs."""
-        self._tables, self._scales, self._window = list(tables), scales, window
+    def with_hindsight(self, hindsight: Sequence[Hindsight], scales: Tensor) -> HeldOut:
+        """Give the oracle what it knows of each document, measured at the rungs' `scales` [J]."""
+        self._hindsight, self._scales = list(hindsight), scales
         return self
 
     def measure_oracle(self, settings: Settings, mean_rank: float) -> Scores:
-        """Scores of the policy that knows the damage ahead: at any position, that of the next `window` tokens."""
-        ahead = [_window_mean(table[..., 0], self._window) for table in self._tables]
-        lengths = [len(a) for a in ahead]
-        rungs = oracle_rungs(torch.cat(ahead), torch.ones(sum(lengths)), self._rung_rank, mean_rank).split(lengths)
+        """Scores of the policy that knows every chunk's damage ahead, aimed at a mean rank over scored tokens.
+
+        Its chunks are those of the full-rank run; the mixed run's own may open elsewhere, so the mean rank is
+        corrected once by what the first run showed.
+        """
+        first = self._measure_schedule(settings, mean_rank)
+        missed = first.mean_rank(self._rung_rank.double().numpy()) - mean_rank
+        second = self._measure_schedule(settings, mean_rank - missed)
+        return min((first, second), key=lambda s: abs(s.mean_rank(self._rung_rank.double().numpy()) - mean_rank))
+
+    def _measure_schedule(self, settings: Settings, mean_rank: float) -> Scores:
+        damage = torch.cat([known.damage for known in self._hindsight])
+        scored = torch.cat([known.scored for known in self._hindsight])
+        rungs = oracle_rungs(damage, scored, self._rung_rank, mean_rank)
+        per_document = rungs.split([len(known.starts) for known in self._hindsight])
 
         def schedule(index: Sequence[int]) -> OraclePolicy:
-            rung = torch.nn.utils.rnn.pad_sequence([rungs[i] for i in index], batch_first=True)
+            rows = [
+                by_position(self._hindsight[i].starts, per_document[i], len(self.examples[i]["input_ids"]))
+                for i in index
+            ]
+            rung = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             return OraclePolicy(settings, rung, self._scales[rung])
 
         return self.measure(schedule, settings, 0.0)
-
-
-def _window_mean(values: Tensor, window: int) -> Tensor:
-    """Mean of each position and the window - 1 behind it, shorter at the end: [T, J] -> [T, J]."""
-    total = torch.cat([torch.zeros(1, values.shape[1], dtype=torch.float64), values.double().cumsum(0)])
-    start = torch.arange(len(values))
-    end = (start + window).clamp(max=len(values))
-    return ((total[end] - total[start]) / (end - start)[:, None]).float()

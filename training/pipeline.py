@@ -43,7 +43,7 @@ from .checkpoint_io import SafetensorsCheckpointIO, latest
 from .collect import collect_shards
 from .compare import Curve, Progress, fixed_curve, oracle_curve, policy_curve
 from .documents import Corpus, Example, make_batch
-from .measure import HeldOut
+from .measure import HeldOut, Hindsight
 from .module import PolicyFit, loader
 from .samples import LaterDamage, Samples, chunk_samples, measure_later_damage
 from .settings import FitSettings
@@ -159,9 +159,15 @@ def collect_targets(context: FitContext, settings: Settings) -> Targets:
     return Targets(settings, found["table"], best_scales(samples.damage, samples.tokens, fit.scales), later, paths)
 
 
-def collect_paths(context: FitContext, name: str, policy: LearnedPolicy | None, settings: Settings) -> list[Trajectory]:
-    """Trajectories of train and validation documents under the full rank, or under `policy` at random lambda."""
-    examples = [*context.corpus.train, *context.corpus.validation]
+def collect_paths(
+    context: FitContext,
+    name: str,
+    policy: LearnedPolicy | None,
+    settings: Settings,
+    examples: Sequence[Example] | None = None,
+) -> list[Trajectory]:
+    """Trajectories of `examples` (train and validation) under the full rank, or under `policy` at random lambda."""
+    examples = examples if examples is not None else [*context.corpus.train, *context.corpus.validation]
     digest = None if policy is None else _digest(policy.state_dict())
 
     def paths(group: Sequence[Example], shard: int) -> dict[str, list[Tensor]]:
@@ -267,7 +273,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def percentile_policy(context: FitContext, targets: Targets, validation: Bench) -> PercentilePolicy:
-    """The best signal (or all of them together) and band, by KL on validation documents at the middle rung's cost."""
+    """The best signal (or all together) and band, by KL on validation documents with the knob at the middle rung."""
     summary = summary_of(torch.cat([path.features for path in targets.paths[: len(context.corpus.train)]]))
     candidates = []
     for signal in (*SIGNALS, COMPLEXITY):
@@ -301,11 +307,16 @@ def compare_policies(
     key = {"scales": targets.scales.tolist()}
     per_shard = context.fit.shard_documents * len(context.fit.scales)
     found = context.collect("tables-test", context.corpus.test, per_shard, key, tables)
-    window = _mean_chunk(targets.paths)
+    paths = collect_paths(context, "trajectory-test", None, settings, context.corpus.test)
+    hindsight = [
+        Hindsight(path.starts, chunks.damage[..., 0], chunks.scored)
+        for path, chunks in (
+            (path, chunk_samples(example, path, table, targets.later))
+            for example, path, table in zip(context.corpus.test, paths, found["table"], strict=True)
+        )
+    ]
     validation = HeldOut(context.model, context.ladder, context.corpus.validation)
-    test = HeldOut(context.model, context.ladder, context.corpus.test).with_tables(
-        found["table"], targets.scales, window
-    )
+    test = HeldOut(context.model, context.ladder, context.corpus.test).with_hindsight(hindsight, targets.scales)
     aims = range(rungs - 1)
     cost = context.cost.double().numpy()
     fixed = FixedPolicy(settings, targets.scales)
@@ -319,13 +330,6 @@ def compare_policies(
     curves["oracle"] = oracle_curve(settings, test, context.rung_rank, aims)
     context.progress("measured oracle")
     return curves, fixed
-
-
-def _mean_chunk(paths: Sequence[Trajectory]) -> int:
-    tokens, chunks = (
-        sum(len(x) for x in column) for column in zip(*((p.complexity, p.starts) for p in paths), strict=True)
-    )
-    return max(1, round(tokens / chunks))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ the second part is all there is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,13 +40,17 @@ class Samples:
     """[N, J, G] nats per token of the chunk"""
     tokens: Tensor
     """[N] float32 tokens of the chunk"""
+    scored: Tensor
+    """[N] float32 how many of them are scored"""
 
     def __len__(self) -> int:
         return self.features.shape[0]
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
-        return Samples(*(torch.cat([getattr(p, name) for p in parts]) for name in ("features", "damage", "tokens")))
+        return Samples(
+            *(torch.cat([getattr(p, name) for p in parts]) for name in ("features", "damage", "tokens", "scored"))
+        )
 
 
 def measure_later_damage(
@@ -55,7 +59,6 @@ def measure_later_damage(
     paths: Sequence[Trajectory],
     fit: FitSettings,
     seed: int,
-    progress: object = None,
 ) -> LaterDamage:
     """Sample chunks of the given trajectories without replacement and measure what they do to later tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,9 +91,5 @@ def chunk_samples(example: Example, path: Trajectory, table: Tensor, later: Late
     summed = torch.zeros(length + 1, *table.shape[1:], dtype=torch.float64)
     summed[1:] = cost.double().cumsum(0)
     damage = (summed[ends] - summed[path.starts]).float() / tokens[:, None, None]
-    return Samples(path.features, damage, tokens)
-
-
-def describe(later: LaterDamage) -> dict[str, float | int]:
-    """For the summary: ratio and sample sizes."""
-    return asdict(later)
+    count = torch.cat([torch.zeros(1), scored.float().cumsum(0)])
+    return Samples(path.features, damage, tokens, count[ends] - count[path.starts])

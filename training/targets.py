@@ -22,7 +22,10 @@ from torch import Tensor
 from policy.contract import Summary
 from runtime.adaptive import AdaptiveRun
 
-from .documents import Batch, Example
+from .documents import Batch, Example, positions_within
+
+LOGITS_BYTES = 2**29
+"""Float32 logits of one slice of a damage table's rungs and scales take no more, unless one row alone does."""
 
 
 def token_kl(full_log_p: Tensor, logits: Tensor) -> Tensor:
@@ -36,7 +39,10 @@ def token_kl(full_log_p: Tensor, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) -> list[Tensor]:
-    """[T, J, G] float32 KL at every token of each document, from runs uniform at every rung and scale [J, G]."""
+    """[T, J, G] float32 KL at every token of each document, from runs uniform at every rung and scale [J, G].
+
+    Rungs and scales are rows of one batch, or of as many as `LOGITS_BYTES` asks for.
+    """
     rungs, grid = scales.shape
     # The top rung is exact: its KL is 0 at scale 1, so it runs once, as the reference in row 0.
     weights = torch.zeros(1 + (rungs - 1) * grid, rungs)
@@ -45,12 +51,19 @@ def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) 
     weights = weights.to(run.model.device)
     tables = []
     for example in examples:
-        tokens = torch.tensor(example["input_ids"], device=run.model.device).expand(len(weights), -1)
-        length = tokens.shape[1]
-        logits = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights[:, None].expand(-1, length, -1))
-        kl = token_kl(logits[0].float().log_softmax(-1), logits[1:])
+        tokens = torch.tensor(example["input_ids"], device=run.model.device)
+        length = len(tokens)
+        rows = max(1, positions_within(run.model, LOGITS_BYTES) // length)
+        full: Tensor | None = None
+        kls = []
+        for part in weights.split(rows):
+            ids = tokens.expand(len(part), -1)
+            logits = run.gated(ids, torch.ones_like(ids, dtype=torch.bool), part[:, None].expand(-1, length, -1))
+            if full is None:
+                full, logits = logits[0].float().log_softmax(-1), logits[1:]
+            kls.append(token_kl(full, logits).cpu())
         table = torch.zeros(length, rungs, grid)
-        table[:, :-1] = kl.view(rungs - 1, grid, length).permute(2, 0, 1).cpu()
+        table[:, :-1] = torch.cat(kls).view(rungs - 1, grid, length).permute(2, 0, 1)
         tables.append(table)
     return tables
 

@@ -1,4 +1,4 @@
-"""Batches, blocks and splits: every real token is where it should be, exactly once."""
+"""Batches and blocks: every real token is where it should be, exactly once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from data import collate, completion_mask, encode, load_documents, pack, split_documents
+from data import collate, completion_mask, encode, load_documents, pack
 
 ENCODED = Dataset.from_dict(
     {"id": ["a", "b", "c"], "input_ids": [[1, 5, 6, 7, 2], [1, 8], [1, 3, 4]], "prompt_tokens": [3, 1, 3]}
@@ -59,21 +59,32 @@ def test_collate_errors() -> None:
         collate(list(ENCODED), None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("block_tokens", [2, 3, 4, 10])
-def test_pack_loses_only_the_tail(block_tokens: int) -> None:
+@pytest.mark.parametrize("block_tokens", [2, 3, 4, 7, 10, 99])
+def test_pack_keeps_every_token_that_another_predicts(block_tokens: int) -> None:
     blocks = pack(ENCODED, block_tokens)
     ids = [token for row in ENCODED for token in row["input_ids"]]
     mask = [i >= row["prompt_tokens"] for row in ENCODED for i in range(len(row["input_ids"]))]
-    kept = len(ids) - len(ids) % block_tokens
-    assert len(blocks) == len(ids) // block_tokens
+    kept = len(ids) - (len(ids) % block_tokens == 1)
+    assert [len(block) for block in blocks["input_ids"]][:-1] == [block_tokens] * (len(blocks) - 1)
     assert [token for block in blocks["input_ids"] for token in block] == ids[:kept]
     assert [real for block in blocks["completion_mask"] for real in block] == mask[:kept]
 
 
+def test_blocks_collate_with_their_own_mask() -> None:
+    for side in ("right", "left"):
+        batch = collate(list(pack(ENCODED, 4)), 0, side=side)  # type: ignore[arg-type]
+        real = [
+            row[keep].tolist() for row, keep in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        ]
+        assert real == [[1, 5, 6, 7], [2, 1, 8, 1], [3, 4]]
+        scored = [row[keep].tolist() for row, keep in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+        assert scored == [[7], [2, 8], []]
+
+
 def test_pack_errors() -> None:
-    with pytest.raises(ValueError, match="expected at least 11 tokens for one block, got 10; do lower block_tokens"):
-        pack(ENCODED, 11)
-    with pytest.raises(ValueError, match="expected block_tokens of at least 2, got 1"):
+    with pytest.raises(ValueError, match="expected at least 2 tokens of text, got 1"):
+        pack(Dataset.from_dict({"id": ["a"], "input_ids": [[1]], "prompt_tokens": [0]}), 11)
+    with pytest.raises(ValueError, match="expected blocks of at least 2 tokens, got 1"):
         pack(ENCODED, 1)
 
 
@@ -84,47 +95,3 @@ def test_pack_of_a_cached_file_is_deterministic(
     first = pack(encode(load_documents(path), tokenizer, max_tokens=64), 16)
     second = pack(encode(load_documents(path), tokenizer, max_tokens=64), 16)
     assert second.cache_files == first.cache_files
-
-
-def numbered(count: int) -> Dataset:
-    names = [f"doc-{n}" for n in range(count)]
-    return Dataset.from_dict({"id": names, "prompt": [f"p{n % 7}" for n in range(count)], "completion": names})
-
-
-def test_splits_are_disjoint_complete_and_near_their_fractions() -> None:
-    documents = numbered(1000)
-    parts = split_documents(documents)
-    assert list(parts) == ["train", "validation", "test"]
-    ids = [name for part in parts.values() for name in part["id"]]
-    assert sorted(ids) == sorted(documents["id"])
-    # Binomial: 100 expected, standard deviation below 10, four of them allowed.
-    assert all(abs(len(parts[part]) - 100) < 40 for part in ("validation", "test"))
-    assert split_documents(documents, seed=1)["test"]["id"][:] != parts["test"]["id"][:]
-
-
-def test_splits_do_not_move_when_documents_are_added_or_reordered() -> None:
-    small, large = split_documents(numbered(200)), split_documents(numbered(400).shuffle(seed=3))
-    for part in small:
-        assert set(small[part]["id"]) <= set(large[part]["id"])
-
-
-def test_groups_and_copies_stay_together() -> None:
-    parts = split_documents(numbered(500), group="prompt", fractions=(0.4, 0.3, 0.3), seed=5)
-    prompts = [set(part["prompt"]) for part in parts.values()]
-    assert sum(map(len, prompts)) == 7
-    documents = numbered(100)
-    copies = documents.remove_columns("id").add_column("id", [f"copy-{n}" for n in range(100)])
-    doubled = concatenate_datasets([documents, copies.select_columns(documents.column_names)])
-    for part in split_documents(doubled, group=None).values():
-        texts = part["completion"][:]
-        assert len(texts) == 2 * len(set(texts))
-
-
-def test_split_errors() -> None:
-    assert len(split_documents(numbered(50), fractions=(1.0, 0.0, 0.0))["train"]) == 50
-    with pytest.raises(ValueError, match=r"expected three fractions, not negative, with sum 1, got \(0.5, 0.1, 0.1\)"):
-        split_documents(numbered(50), fractions=(0.5, 0.1, 0.1))
-    with pytest.raises(ValueError, match=r"expected group to be one of .*, got 'title'"):
-        split_documents(numbered(50), group="title")
-    with pytest.raises(ValueError, match=r"expected documents in '\w+' \(fraction 0.1 of 1\), got none"):
-        split_documents(numbered(1))

@@ -164,6 +164,8 @@ def test_bad_paths_and_arguments(tmp_path: Path, write_jsonl: Callable[..., Path
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected train.jsonl, validation.jsonl or test.jsonl in .*empty"):
         load_documents(str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"expected train.jsonl, validation.jsonl or test.jsonl in .*empty"):
+        split_names(str(tmp_path / "empty"))
     path = str(write_jsonl(ROWS))
     assert split_names(path) == ("train",)
     with pytest.raises(ValueError, match=r"a single file is one split\), got 'test'; do pass a folder with test.jsonl"):

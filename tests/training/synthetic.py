@@ -34,10 +34,10 @@ def chunk_samples(hardness: Callable[[Tensor, Tensor], Tensor], count: int, seed
     damage[:, -1] = 0
     factors = 1 + 5 * (torch.tensor(SCALES) - BEST_SCALE).square()
     tokens = torch.randint(4, 17, (count,), generator=generator).float()
-    return Samples(summary.features(), damage[..., None] * factors, tokens)
+    return Samples(summary.features(), damage[..., None] * factors, tokens, tokens)
 
 
 def shuffled(samples: Samples, seed: int) -> Samples:
     """The same chunks with each other's damage."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-    return Samples(samples.features, samples.damage[order], samples.tokens)
+    return Samples(samples.features, samples.damage[order], samples.tokens, samples.scored)

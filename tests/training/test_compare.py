@@ -108,7 +108,8 @@ def test_percentile_better_at_one_rung_exports_fixed_and_says_where():
 
 def test_no_headroom_captures_nothing():
     found = verdict(FIXED_AS_LEARNED, oracle=replace(FIXED, name="oracle"))
-    assert found.headroom == found.captured == 0
+    assert (found.headroom, found.headroom_interval) == (0, (0, 0))
+    assert found.captured is found.captured_interval is None
     assert found.exported == "fixed"
 
 

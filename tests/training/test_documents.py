@@ -1,12 +1,13 @@
 """Documents of a fit: parts that never share one, and a mask that scores completions alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from runtime import load_tokenizer
-from training.documents import batches, load_corpus, make_batch
+from training.documents import batches, load_corpus, load_split, make_batch
 from training.settings import FitSettings
 
 FIT = FitSettings(train_documents=12, validation_documents=6, test_documents=6, max_tokens=40, min_completion_tokens=8)
@@ -67,6 +68,85 @@ def test_a_datasets_own_splits_are_kept(case, tokenizer):
             assert prompt in prompts
 
 
+def numbered(numbers):
+    return [{"prompt": f"the {n}", "completion": " rank of a page is" * 3 + f" rung {n}"} for n in numbers]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(**splits)`: a dataset of these documents."""
+
+    def make(**splits):
+        for name, rows in splits.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path)
+
+    return make
+
+
+def test_given_splits_lose_what_an_earlier_one_has(folder, tokenizer):
+    path = folder(train=numbered(range(20)), validation=numbered(range(15, 30)), test=numbered([0, 1, *range(25, 40)]))
+    corpus = load_corpus(path, tokenizer, replace(FIT, validation_documents=50, test_documents=50), seed=0)
+    parts = [text_of(part) for part in (corpus.train, corpus.validation, corpus.test)]
+    assert [len(part) for part in parts] == [12, 10, 10]
+    assert len(set.union(*parts)) == 32
+    assert corpus.leaked == 5 + 2 + 5
+    assert load_split(path, "validation")["prompt"][:] == [f"the {n}" for n in range(20, 30)]
+    assert load_split(path, "test")["prompt"][:] == [f"the {n}" for n in range(30, 40)]
+    assert load_split(path, "train")["prompt"][:] == [f"the {n}" for n in range(20)]
+    assert len(load_split(path, "all")) == 20 + 15 + 17
+
+
+def test_a_test_split_that_is_all_in_train_is_refused_in_one_line(folder, tokenizer):
+    path = folder(train=numbered(range(20)), validation=numbered(range(20, 30)), test=numbered(range(5)))
+    with pytest.raises(ValueError, match="expected documents in 'test' that no earlier split has, got none of 5"):
+        load_corpus(path, tokenizer, FIT, seed=0)
+
+
+def test_two_given_splits(folder):
+    """A fit divides train in three; a split of another name keeps its documents, less those of train."""
+    path = folder(train=numbered(range(20)), test=numbered(range(15, 30)))
+    assert load_split(path, "test")["prompt"][:] == [f"the {n}" for n in range(20, 30)]
+    parts = [set(load_split(path, name)["prompt"]) for name in ("train", "validation")]
+    assert parts[0]
+    assert parts[1]
+    assert not parts[0] & parts[1]
+    with pytest.raises(
+        ValueError, match=r"split: expected one of \['train', 'validation', 'test', 'all'\] of .* 'dev'"
+    ):
+        load_split(path, "dev")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_questions_about_one_context_stay_on_one_side(folder, seed):
+    rows = [
+        {"prompt": f"Context: page {n // 4}\nQuestion: rung {n}?\nAnswer:", "completion": f" rank {n}"}
+        for n in range(80)
+    ]
+    path = folder(train=rows)
+    contexts = [
+        {prompt.split("\n")[0] for prompt in load_split(path, name, seed)["prompt"]}
+        for name in ("train", "validation", "test")
+    ]
+    assert [len(part) for part in contexts] == [10, 5, 5]
+    assert len(set.union(*contexts)) == 20
+
+
+def test_a_first_line_that_all_prompts_share_is_no_group(folder):
+    rows = [{"prompt": f"Answer the question.\nrung {n % 30}?", "completion": f" rank {n % 30}"} for n in range(60)]
+    path = folder(train=rows)
+    parts = [set(load_split(path, name)["prompt"]) for name in ("train", "validation", "test")]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 30
+
+
+def test_an_empty_folder_is_refused_in_one_line(tmp_path, tokenizer):
+    for load in (lambda: load_corpus(str(tmp_path), tokenizer, FIT, seed=0), lambda: load_split(str(tmp_path), "test")):
+        with pytest.raises(FileNotFoundError, match=r"expected train.jsonl, .* got none; do add them") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
 def test_documents_are_cut_and_short_ones_left_out(tmp_path, tokenizer):
     path = tmp_path / "mixed.jsonl"
     long, short = " rank of a page" * 40, " a"
@@ -107,3 +187,10 @@ def test_batches_hold_every_document_once_with_like_lengths_together(make_exampl
     for index, batch in found:
         for row, i in enumerate(index):
             assert batch.tokens[row, batch.real[row]].tolist() == examples[i]["input_ids"]
+
+
+def test_batches_keep_to_their_positions_and_one_document_may_exceed_them(make_example):
+    examples = [make_example(n, 0, seed=i) for i, n in enumerate((9, 30, 8, 31, 7, 29, 10))]
+    found = list(batches(examples, 3, positions=20))
+    assert sorted(i for index, _ in found for i in index) == list(range(7))
+    assert [tuple(batch.tokens.shape) for _, batch in found] == [(2, 8), (2, 10), (1, 29), (1, 30), (1, 31)]

@@ -2,17 +2,23 @@
 
 import io
 import json
+import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
+import training.documents
 from policy import FixedPolicy, KnobCurve, PercentilePolicy, PolicyCheckpoint, Settings
-from runtime import load_adapter, load_model, load_tokenizer
+from runtime import build_ladder, load_adapter, load_model, load_tokenizer
+from runtime.adaptive import activate
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
-from training.documents import batches
-from training.evaluate import evaluate, load_examples, main, with_progress
+from runtime.plan import RunPlan, plan_run
+from training.documents import batches, load_corpus
+from training.evaluate import evaluate, load_examples, main, measure_perplexity, with_progress
+from training.settings import FitSettings
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +122,9 @@ def test_a_budget_moves_the_mean_rank_and_a_rung_fixes_it(arguments, moving_poli
     assert evaluate(**arguments, rung=4, limit=4)[-1].mean_rank == 4
 
 
-def test_scored_tokens_and_mean_rank_are_those_of_a_naive_count(base, case, examples, arguments):
-    """A fixed rung in the policy and the start rung on top: the mean rank counts both, over scored positions alone."""
+def test_scored_tokens_are_those_of_a_naive_count_and_a_fixed_budget_holds_from_the_first_token(
+    base, case, examples, arguments
+):
     settings = Settings((2, 8), block_tokens=8, fade_tokens=1)
     prints = {
         "model": model_fingerprint(base), "adapter": adapter_fingerprint(load_adapter(case.adapter)), "ladder": None,
@@ -125,19 +132,111 @@ def test_scored_tokens_and_mean_rank_are_those_of_a_naive_count(base, case, exam
     }  # fmt: skip
     checkpoint = PolicyCheckpoint(FixedPolicy(settings), None, (0.25, 1.0), prints, 0.25)
     (*_, run) = evaluate(**arguments, policy=checkpoint)
+    scored = sum(
+        t + 1 >= example["prompt_tokens"] for example in examples for t in range(len(example["input_ids"]) - 1)
+    )
+    assert run.scored_tokens == scored
+    assert run.mean_rank == run.prompt_mean_rank == 2
+
+
+def test_scored_tokens_and_mean_rank_are_those_of_a_naive_count(base, case, examples):
+    """The top rung first, the cheapest from the first decision on: every document alone, token by token."""
+    ladder = build_ladder(load_adapter(case.adapter), [2, 8])
+    settings = Settings((2, 8), block_tokens=8, fade_tokens=1, start_rung=1)
+    plan = RunPlan(ladder, FixedPolicy(settings), settings, 0.0)
+    found = measure_perplexity("moving", base, plan, examples)
     ranks, prompt_ranks = [], []
-    for example in examples:
-        length, prompt = len(example["input_ids"]), example["prompt_tokens"]
-        # The top rung until the first chunk that opens after the first block.
-        ranks += [t for t in range(length - 1) if t + 1 >= prompt]
-        prompt_ranks += list(range(prompt))
-    assert run.scored_tokens == len(ranks)
-    assert 2 < run.mean_rank < 8
-    # A chunk of at most 16 tokens stands when the first block of 8 is complete.
-    bounds = [sum(8 if t < limit else 2 for t in ranks) / len(ranks) for limit in (8, 16)]
-    assert bounds[0] <= run.mean_rank <= bounds[1]
-    bounds = [sum(8 if t < limit else 2 for t in prompt_ranks) / len(prompt_ranks) for limit in (8, 16)]
-    assert bounds[0] <= run.prompt_mean_rank <= bounds[1]
+    with activate(base, plan) as run:
+        for example in examples:
+            cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
+            run.forward(torch.tensor([example["input_ids"]]), past_key_values=cache)
+            active = [(2, 8)[rung] for rung in cache.stream.record()["active"][0].tolist()]
+            ranks += [rank for t, rank in enumerate(active[:-1]) if t + 1 >= example["prompt_tokens"]]
+            prompt_ranks += active[: example["prompt_tokens"]]
+    assert found.scored_tokens == len(ranks)
+    assert 2 < found.mean_rank < 8
+    assert found.mean_rank == pytest.approx(sum(ranks) / len(ranks))
+    assert found.prompt_mean_rank == pytest.approx(sum(prompt_ranks) / len(prompt_ranks))
+
+
+WORDS = ["rank", "rung", "ladder", "page", "token", "chunk", "the", "of", "is", "a", "opens", "closes"]
+
+
+@pytest.fixture
+def running_text(tmp_path):
+    """One file of 40 different paragraphs without prompts."""
+    source = random.Random(3)
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join(source.choices(WORDS, k=source.randint(5, 60))) for _ in range(40)))
+    return path
+
+
+def test_text_without_prompts_is_scored_as_running_text_in_blocks(case, base, arguments, running_text):
+    """Hugging Face's way: one long sequence, cut every max_tokens, the mean over all tokens that another predicts."""
+    given = {**arguments, "dataset": str(running_text), "split": "all"}
+    found = {run.name: run for run in evaluate(**given)}["no adapter"]
+    tokenizer = load_tokenizer(case.model)
+    ids, starts = [], set()
+    for paragraph in running_text.read_text().split("\n\n"):
+        before = [] if tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id else [tokenizer.bos_token_id]
+        starts |= set(range(len(ids), len(ids) + len(before)))
+        ids += [*before, *tokenizer(paragraph, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    nll, count = 0.0, 0
+    for start in range(0, len(ids), 64):
+        block = torch.tensor(ids[start : start + 64])
+        with torch.no_grad():
+            log_p = base(block[None]).logits[0].double().log_softmax(-1)
+        for t in range(1, len(block)):
+            if start + t not in starts:
+                nll -= float(log_p[t - 1, block[t]])
+                count += 1
+    assert len(ids) > 10 * 64
+    assert found.packed
+    assert found.documents == -(-len(ids) // 64)
+    assert found.scored_tokens == count
+    assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
+    assert found.prompt_mean_rank is None
+
+
+def test_less_text_than_one_block_is_one_block(arguments, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("the rank of a page")
+    found = evaluate(**{**arguments, "dataset": str(path), "split": "all"})[0]
+    assert (found.documents, found.packed) == (1, True)
+
+
+def test_the_test_part_of_one_file_is_what_a_fit_of_it_never_saw(case, base, running_text):
+    """Every document of the file in exactly one part, whatever amounts the fit takes; `all` is the whole file."""
+    rows = [{"prompt": f"the {n}", "completion": " rank of a page is" * 3 + f" rung {n}"} for n in range(40)]
+    path = running_text.with_name("all.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(case.model)
+    ids = {
+        split: {example["id"] for example in load_examples(str(path), split, None, 64, base, tokenizer)}
+        for split in ("train", "validation", "test", "all")
+    }
+    assert ids["train"] | ids["validation"] | ids["test"] == ids["all"]
+    assert sum(map(len, ids.values())) == 2 * len(ids["all"]) == 80
+    for train_documents in (4, 400):
+        fit = FitSettings(train_documents=train_documents, min_completion_tokens=8)
+        corpus = load_corpus(str(path), tokenizer, fit, seed=0)
+        assert {example["id"] for example in (*corpus.train, *corpus.validation)} <= ids["train"] | ids["validation"]
+        assert {example["id"] for example in corpus.test} <= ids["test"]
+    other = {example["id"] for example in load_examples(str(path), "test", None, 64, base, tokenizer, seed=1)}
+    assert other != ids["test"]
+
+
+def test_batches_shrink_with_the_vocabulary(base, examples, case, monkeypatch):
+    plan = plan_run(load_adapter(case.adapter))
+    whole = measure_perplexity("full rank", base, plan, examples)
+    widths = []
+    make_batch = training.documents.make_batch
+    monkeypatch.setattr(training.documents, "make_batch", lambda rows: widths.append(len(rows)) or make_batch(rows))
+    monkeypatch.setattr("training.evaluate.LOGITS_BYTES", 2 * 64 * 256 * 4)
+    small = measure_perplexity("full rank", base, plan, examples)
+    assert max(widths) <= 3
+    assert sum(widths) == len(examples)
+    assert small.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
 
 
 def command(arguments, **changes):
@@ -163,11 +262,13 @@ def test_the_command_prints_a_table_and_ends_in_json(arguments, moving_policy, c
         ({"adapter": "/nowhere/adapter"}, "/nowhere/adapter"),
         ({"policy": "/nowhere/policy"}, "/nowhere/policy"),
         ({"dataset": "/nowhere/text.jsonl"}, "/nowhere/text.jsonl"),
+        ({"dataset": "no-such/dataset"}, "no-such/dataset"),
+        ({"dataset": "wikitext"}, "expected to reach the hub"),
         ({"split": "dev"}, "split"),
         ({"limit": 0}, "limit"),
         ({"rung": 9}, "expected ranks up to the adapter's 8, got 9"),
-        ({"budget": -0.5}, "budget: expected a number in [0, 1]"),
-        ({"budget": 0.5}, "expected a policy"),
+        ({"budget": -0.5}, "budget: expected a share of the full adapter's cost in [0, 1]"),
+        ({"budget": 0.5}, "policy: expected one to spend"),
         ({"block_tokens": 0}, "block_tokens: expected"),
         ({"max_tokens": 4096}, "expected at most the model's context of 512, got 4096"),
     ],
@@ -188,7 +289,7 @@ def test_a_bar_appears_after_two_seconds_on_a_terminal(monkeypatch, patience_sec
     console = Console(file=shown, force_terminal=terminal)
     monkeypatch.setattr("training.evaluate.Console", lambda **_: console)
     monkeypatch.setattr("training.evaluate.PATIENCE_SECONDS", patience_seconds)
-    assert list(with_progress([1, 2, 3], "block 1")) == [1, 2, 3]
+    assert list(with_progress([1, 2, 3], "block 1", 3)) == [1, 2, 3]
     assert ("block 1" in shown.getvalue()) == (patience_seconds < 0 and terminal)
     assert bool(shown.getvalue()) == (patience_seconds < 0 and terminal)
 

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from policy import PolicyCheckpoint
+from policy import ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
 from runtime import generate, load_model, load_tokenizer
 from training.fit import main, make_parser
+from training.report import flat, write_report
+from training.settings import FitSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CURVES = ("fixed", "percentile", "learned", "random", "oracle")
@@ -123,10 +126,20 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
         for name in ("loss", "kl", "mean_rank", "latency_ms"):
             assert len(scalars[f"{stage}/{name}"]) == CHANGES["amounts.epochs"], "one value an epoch"
     assert images == {"tradeoff"}
-    for name in CURVES:
-        assert len(scalars[f"tradeoff/{name}_kl"]) == 3
-    assert {"hp/quality", "hp/latency"} <= scalars.keys()
-    assert {"adapter", "seed", "learning_rate"} <= hparams.keys()
+    assert not [tag for tag in scalars if tag.startswith("tradeoff")]
+    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_kl_at_4"}
+    assert hp <= scalars.keys()
+    every = {"model", "adapter", "dataset", "seed", "dtype", "rungs", "block_tokens", "fade_tokens"}
+    for name, settings in (
+        ("amounts", FitSettings),
+        ("signals", SignalSettings),
+        ("chunk", ChunkSettings),
+        ("kv", KVSettings),
+    ):
+        every |= {f"{name}.{field.name}" for field in fields(settings)}
+    assert hparams.keys() == every
+    assert hparams["amounts.epochs"].number_value == CHANGES["amounts.epochs"]
+    assert hparams["rungs"].string_value == "[2, 4, 6, 8]"
 
 
 def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case):
@@ -204,6 +217,13 @@ def empty(tmp_path):
     return path
 
 
+@pytest.fixture
+def empty_folder(tmp_path):
+    path = tmp_path / "empty"
+    path.mkdir()
+    return path
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -215,6 +235,11 @@ def empty(tmp_path):
         ({"dataset": "empty"}, "expected"),
         ({"dataset": "/nowhere/text.jsonl"}, "/nowhere/text.jsonl"),
         ({"rungs": "[4,16]"}, "expected ranks up to the adapter's 8, got 16"),
+        ({"rungs": "[8]"}, "rungs: expected at least two to choose between, got [8]"),
+        ({"amounts.max_tokens": 513}, "amounts.max_tokens: expected at most the model's context of 512, got 513"),
+        ({"dataset": "empty_folder"}, "expected train.jsonl, validation.jsonl or test.jsonl in"),
+        ({"dataset": "no-such/dataset"}, "no-such/dataset"),
+        ({"dataset": "wikitext"}, "expected to reach the hub"),
         ({"rungs": "[-1,4]"}, "expected ranks of at least 0"),
         ({"dtype": "float8"}, "dtype: expected one of"),
         ({"fade_tokens": 3}, "fade_tokens: expected one of"),
@@ -228,7 +253,8 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(change, says, case, tmp_p
     def resolve(value):
         if value == "other_adapter":
             return case.other_adapter
-        return request.getfixturevalue(value) if value in ("truncated", "truncated_model", "empty") else value
+        fixtures = ("truncated", "truncated_model", "empty", "empty_folder")
+        return request.getfixturevalue(value) if value in fixtures else value
 
     output = tmp_path / "runs" / "out"
     with pytest.raises(SystemExit) as caught:
@@ -239,6 +265,60 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(change, says, case, tmp_p
     assert errors.startswith("error: ")
     assert says in errors
     assert not output.parent.exists()
+
+
+@pytest.mark.parametrize("below", ["", "out", "runs/out"])
+def test_an_output_that_is_a_file_or_under_one_is_refused_before_the_work(below, case, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        main(case.arguments(path / below, model="/nowhere/model"))
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert errors == f"error: output: expected a folder, got the file {path}; choose another path\n"
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("module", ["training.fit", "training.evaluate"])
+def test_a_broken_line_of_a_dataset_is_one_line_of_ours(module, case, tmp_path):
+    """In a process of its own: the loader's log goes to the stderr it found when it was imported."""
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c"}\noops\n')
+    flags = [
+        f"--{name}={value}" for name, value in (("model", case.model), ("adapter", case.adapter), ("dataset", path))
+    ]
+    done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected a JSON object at ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_flags_may_be_written_with_dashes(case, tmp_path, capsys):
+    printed = []
+    for seed, epochs in (("--block-tokens", "--amounts.batch-chunks"), ("--block_tokens", "--amounts.batch_chunks")):
+        with pytest.raises(SystemExit):
+            main([*case.arguments(tmp_path / "my-run"), seed, "8", f"{epochs}=9", "--print_config"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "block_tokens: 8\n" in printed[0]
+    assert "batch_chunks: 9\n" in printed[0]
+    assert "my-run" in printed[0]
+
+
+def test_settings_become_flat_parameters():
+    nested = {"seed": 0, "rungs": [2, 4], "policy": None, "kv": {"easy": "int4", "deep": {"share": 0.5}}}
+    expected = {"seed": 0, "rungs": "[2, 4]", "policy": "None", "kv.easy": "int4", "kv.deep.share": 0.5}
+    assert flat(nested) == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "says"), [(None, "no measurable headroom"), (0.25, "captured 25% of the headroom")], ids=["none", "some"]
+)
+def test_the_figure_names_the_run_and_what_it_captured(tmp_path, share, says):
+    row = [{"mean_rank": 2.0, "kl": 0.5}, {"mean_rank": 4.0, "kl": 0.1}]
+    summary = {"curves": {"fixed": row}, "exported": "fixed", "captured": {"share": share}}
+    title = write_report(tmp_path, summary).axes[0].get_title()
+    assert title == f"{tmp_path.name}\nexported: fixed, {says}"
 
 
 def test_help_names_every_flag(capsys):

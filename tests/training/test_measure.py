@@ -9,8 +9,9 @@ from policy import FixedPolicy, PercentilePolicy, Settings
 from runtime.adaptive import activate
 from runtime.export import export_rung
 from runtime.plan import RunPlan, static_plan
-from training.measure import HeldOut
-from training.targets import damage_table
+from training.measure import HeldOut, Hindsight
+from training.samples import LaterDamage, chunk_samples
+from training.targets import Trajectory, damage_table
 
 
 @pytest.fixture
@@ -86,10 +87,37 @@ def test_the_oracle_meets_the_mean_rank_and_beats_the_fixed_rung(held_out, tiny_
     scales = torch.ones(len(ladder.rungs))
     with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1])) as run:
         tables = damage_table(run, examples, scales[:, None])
-    scores = held_out.with_tables(tables, scales, window=1).measure_oracle(settings, 4.0)
+    hindsight = []
+    for example, table in zip(examples, tables, strict=True):
+        starts = torch.arange(len(example["input_ids"]))
+        path = Trajectory(starts, torch.zeros(len(starts), 18), torch.zeros(len(starts)))
+        chunks = chunk_samples(example, path, table, LaterDamage(0.0, 0, 0))
+        hindsight.append(Hindsight(starts, chunks.damage[..., 0], chunks.scored))
+    scores = held_out.with_hindsight(hindsight, scales).measure_oracle(settings, 4.0)
     rung_rank = ladder.mean_rank().double().numpy()
-    assert 3.0 < scores.mean_rank(rung_rank) <= 4.3
+    assert scores.mean_rank(rung_rank) == pytest.approx(4.0, abs=0.15)
     fixed = held_out.measure(FixedPolicy(settings), replace(settings, start_rung=1), 1.0)
     assert scores.mean_kl() < fixed.mean_kl()
     without_prompt = [d for d, example in enumerate(examples) if not example["prompt_tokens"]]
     assert not scores.prompt_tokens[without_prompt].any()
+
+
+@pytest.mark.parametrize("kept_rows", [0, 2, 99])
+def test_little_memory_changes_no_number(
+    held_out, tiny_llama, ladder, examples, small_settings, monkeypatch, kept_rows
+):
+    """Batches of at most 80 positions, and log-probabilities kept for as many batches as there is room for."""
+    policy = PercentilePolicy(small_settings, "prior", spread=2.0)
+    whole = held_out.measure(policy, small_settings, 1.0)
+    position_bytes = 4 * tiny_llama.config.vocab_size
+    monkeypatch.setattr("training.measure.LOGITS_BYTES", 80 * position_bytes)
+    monkeypatch.setattr("training.measure.KEPT_BYTES", kept_rows * 31 * position_bytes)
+    small = HeldOut(tiny_llama, ladder, examples)
+    shapes = [tuple(batch.tokens.shape) for _, batch in small.batches]
+    assert shapes == [(3, 25), (2, 40)]
+    first, again = (small.measure(policy, small_settings, 1.0) for _ in range(2))
+    assert sum(kept.nbytes for kept in small._full.values()) <= kept_rows * 31 * position_bytes
+    assert len(small._full) == {0: 0, 2: 0, 99: 2}[kept_rows]
+    for name in ("kl", "tokens", "rungs", "prompt_rank", "nll"):
+        assert (getattr(first, name) == getattr(again, name)).all()
+        assert getattr(first, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-4)

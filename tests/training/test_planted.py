@@ -118,4 +118,4 @@ def test_shuffled_targets_export_the_fixed_rung(kind, seed, make_trainer):
     for signal in (*SIGNALS, COMPLEXITY):
         verdict = outcome.verdict(signal)
         assert verdict.exported == "fixed", verdict.reason
-        assert "within chance" in verdict.reason
+        assert "within chance" in verdict.reason or "worse than the fixed rungs" in verdict.reason

@@ -80,6 +80,21 @@ def test_scales_may_differ_by_rung(full_rank_run, ladder, make_example):
         torch.testing.assert_close(one[:, rung, 0], all_of_them[:, rung, column], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_table_in_slices_is_the_same_table(full_rank_run, ladder, make_example, monkeypatch, rows):
+    """At most so many rows' logits at a time, the reference measured once."""
+    example, scales = make_example(20, seed=3), torch.tensor(GRID).expand(len(ladder.rungs), -1)
+    (whole,) = damage_table(full_rank_run, [example], scales)
+    widths = []
+    gated = full_rank_run.gated
+    monkeypatch.setattr(full_rank_run, "gated", lambda ids, *rest: widths.append(len(ids)) or gated(ids, *rest))
+    monkeypatch.setattr("training.targets.LOGITS_BYTES", rows * 20 * 256 * 4)
+    (sliced,) = damage_table(full_rank_run, [example], scales)
+    assert max(widths) == rows
+    assert sum(widths) == 1 + 3 * len(GRID)
+    torch.testing.assert_close(sliced, whole, **NATS)
+
+
 def mixed_kl(peft_model, rung, top, ids, start, end):
     """KL at every token when `rung` handles [start, end) and the full rank the rest: three PEFT models, one cache."""
     full, cut = peft_model(top), peft_model(rung)
