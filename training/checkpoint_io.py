@@ -7,7 +7,6 @@ what is neither is refused when saving, by name.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO
 from safetensors import SafetensorError
 from torch import Tensor
+
+from policy.files import new_folder
 
 TENSORS, TREE = "checkpoint.safetensors", "checkpoint.json"
 
@@ -29,13 +30,9 @@ class SafetensorsCheckpointIO(CheckpointIO):
         path = Path(path)
         tensors: dict[str, Tensor] = {}
         tree = _pack(checkpoint, tensors, "checkpoint")
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(tensors, scratch / TENSORS)
-        (scratch / TREE).write_text(json.dumps(tree))
-        if path.exists():
-            self.remove_checkpoint(path)
-        os.replace(scratch, path)
+        with new_folder(path, overwrite=True) as scratch:
+            safetensors.torch.save_file(tensors, scratch / TENSORS)
+            (scratch / TREE).write_text(json.dumps(tree))
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read what `save_checkpoint` wrote. Raises FileNotFoundError or ValueError in one line."""

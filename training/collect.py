@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from .shards import ShardStore
 
+NOTHING = -1
+
 Collect = Callable[[int], dict[str, Tensor]]
 
 
@@ -26,8 +28,10 @@ class _Collector(L.LightningModule):
         self.store, self.collect, self.model = store, collect, model
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> int:
-        self.store.write(int(batch), self.collect(int(batch)))
-        return int(batch)
+        index = int(batch)
+        if index != NOTHING:
+            self.store.write(index, self.collect(index))
+        return index
 
 
 def collect_shards(
@@ -40,7 +44,9 @@ def collect_shards(
     missing = store.missing()
     if missing:
         trainer = make_trainer(logger=False, inference_mode=True)
-        shards: DataLoader[int] = DataLoader(missing, batch_size=None)  # type: ignore[arg-type]  # a list will do
+        # Lightning wants a step for every process; where shards are fewer, the rest have nothing to do.
+        work = missing + [NOTHING] * (trainer.world_size - len(missing))
+        shards: DataLoader[int] = DataLoader(work, batch_size=None)  # type: ignore[arg-type]  # a list will do
         trainer.predict(_Collector(store, collect, model), shards, return_predictions=False)
         trainer.strategy.barrier("shards")
     return len(missing)

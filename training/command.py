@@ -7,6 +7,7 @@ import sys
 
 import datasets
 import transformers
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def command_line(arguments: list[str] | None) -> list[str]:
@@ -20,6 +21,11 @@ def command_line(arguments: list[str] | None) -> list[str]:
 def _underscored(argument: str) -> str:
     flag, equals, value = argument.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
+
+
+def is_first_process() -> bool:
+    """True in the one process, of all that `devices` and `num_nodes` start, that writes and speaks."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
 
 
 def quiet_libraries() -> None:

@@ -30,6 +30,7 @@ from policy.settings import Settings
 from .bench import Bench
 from .calibrate import calibrate_knob, knob_grid
 from .measure import Scores
+from .progress import with_progress
 
 VERDICT_RANKS = (8, 16, 24)
 KNOB_POINTS = 6
@@ -54,6 +55,8 @@ class Curve:
     name: str
     points: tuple[Point, ...]
     knob_curve: KnobCurve | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    """How the policy was set up."""
 
     def at(self, rank: float, rung_rank: np.ndarray, documents: np.ndarray | None = None) -> float:
         """KL at a mean rank: linear between measured points and the exact top rung; nan below the cheapest point.
@@ -96,7 +99,8 @@ class Verdict:
 def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench) -> Curve:
     """Every rung but the top, which is exact."""
     points = []
-    for rung in range(len(settings.rungs) - 1):
+    aims = range(len(settings.rungs) - 1)
+    for rung in with_progress(aims, "fixed on test", len(aims)):
         scores = test.measure(policy, replace(settings, start_rung=rung), float(rung))
         points.append(Point(float(rung), scores))
     return Curve("fixed", tuple(points))
@@ -115,7 +119,8 @@ def policy_curve(
     costs: dict[float, float] = {}
 
     def sweep(knobs: Sequence[float], starts: Sequence[int]) -> KnobCurve:
-        for knob, start in zip(knobs, starts, strict=True):
+        pairs = list(zip(knobs, starts, strict=True))
+        for knob, start in with_progress(pairs, f"{name} on validation", len(pairs)):
             scores = validation.measure(policy, replace(settings, start_rung=start), knob)
             costs[knob] = scores.mean_cost(cost)
         cheap, dear = policy.knob_range()
@@ -127,16 +132,16 @@ def policy_curve(
     curve = sweep(knobs, np.linspace(0, len(settings.rungs) - 1, KNOB_POINTS).round().astype(int).tolist())
     curve = sweep([curve.knob(float(cost[rung])) for rung in targets], list(targets))
     points = []
-    for rung in targets:
+    for rung in with_progress(targets, f"{name} on test", len(targets)):
         knob = curve.knob(float(cost[rung]))
         points.append(Point(knob, test.measure(policy, replace(settings, start_rung=rung), knob)))
-    return Curve(name, tuple(points), curve)
+    return Curve(name, tuple(points), curve, policy.config())
 
 
 def oracle_curve(settings: Settings, test: Bench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:
     """The oracle at the mean rank of every rung index in `targets`."""
     points = []
-    for rung in targets:
+    for rung in with_progress(targets, "oracle on test", len(targets)):
         scores = test.measure_oracle(replace(settings, start_rung=rung), float(rung_rank[rung]))
         points.append(Point(None, scores))
     return Curve("oracle", tuple(points))

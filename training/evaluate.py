@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
 
 import torch
 from jsonargparse import ArgumentParser
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.text import Perplexity
@@ -36,6 +34,7 @@ from runtime.plan import RunPlan, plan_run
 from .command import command_line, quiet_libraries
 from .documents import Batch, Example, batches, check_context, load_split, positions_within
 from .fit import EMBEDDED
+from .progress import with_progress
 
 ROWS = 8
 """Documents per forward, at most."""
@@ -45,7 +44,6 @@ WHOLE = 2**31 - 1
 """Tokens to which documents are cut that are packed: not at all."""
 IGNORED = -100
 """Target of a position that is not scored."""
-PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -184,29 +182,6 @@ def _rank_sums(rank: Tensor, batch: Batch) -> Tensor:
     prompt = batch.real & (torch.arange(rank.shape[1], device=rank.device) < batch.prompt_tokens[:, None])
     parts = [x for where in (batch.scored, prompt) for x in ((rank * where).sum(), where.sum())]
     return torch.stack([part.double() for part in parts])
-
-
-_Item = TypeVar("_Item")
-
-
-def with_progress(
-    items: Iterable[_Item], name: str, total: int, size: Callable[[_Item], int] = lambda _: 1
-) -> Iterator[_Item]:
-    """The items; on a terminal with a progress bar once they have taken longer than two seconds."""
-    started = time.perf_counter()
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True)
-    task = bar.add_task(name, total=total)
-    try:
-        for item in items:
-            yield item
-            bar.advance(task, size(item))
-            slow = time.perf_counter() - started > PATIENCE_SECONDS
-            if slow and console.is_terminal and not bar.live.is_started:
-                bar.start()
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def _table(found: Sequence[Evaluation]) -> Table:

@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser, Namespace
 from policy.checkpoint import PolicyCheckpoint
 from policy.contract import RankPolicy
 from policy.cost import LatencyTable
+from policy.files import write_whole
 from policy.settings import ChunkSettings, KVSettings, Settings, SignalSettings
 from runtime.adapter import load_adapter
 from runtime.command import one_line_errors
@@ -31,10 +32,9 @@ from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.ladder import build_ladder
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
 
-from .command import command_line, quiet_libraries
+from .command import command_line, is_first_process, quiet_libraries
 from .compare import Curve, Verdict, areas, judge, table
 from .documents import check_context, load_corpus
-from .files import write_whole
 from .latency import measure_latency
 from .pipeline import (
     FitContext,
@@ -139,6 +139,7 @@ def fit(
         "scored_test_tokens": int(curves["fixed"].points[0].scores.tokens.sum()),
         **describe_targets(targets),
         "latency": {**asdict(latency), "resolved": latency.resolved},
+        "policies": {name: curve.config for name, curve in curves.items() if curve.config},
         "curves": table(curves, context.rung_rank, np.array(latency.ms)),
         "area": areas(curves, context.rung_rank),
         "compared_at": list(verdict.ranks),
@@ -151,13 +152,19 @@ def fit(
         "operating_point": _operating_point(curves, checkpoint, context, latency),
         "seconds": round(time.time() - started, 1),
     }
+    if not is_first_process():  # every process measured the same; one writes it down
+        return summary
     candidates["learned"].save(folder / "learned")  # also when it is not the one to serve: to look at
     checkpoint.save(folder / "policy")
     figure = write_report(folder, summary)
+    # TensorBoard shows the first five by name; what is rarely changed sorts behind as settings.*.
     params = {
-        "model": model, "adapter": adapter, "dataset": dataset, "seed": seed, "dtype": dtype,
-        "rungs": list(ladder.rungs), "block_tokens": block_tokens, "fade_tokens": fade_tokens,
-        "amounts": asdict(amounts), "signals": asdict(signals), "chunk": asdict(chunk), "kv": asdict(kv),
+        "adapter": _tail(adapter), "block_tokens": block_tokens, "dataset": _tail(dataset), "fade_tokens": fade_tokens,
+        "model": _tail(model), "rungs": list(ladder.rungs), "seed": seed,
+        "settings": {
+            "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(signals), "chunk": asdict(chunk),
+            "kv": asdict(kv),
+        },
     }  # fmt: skip
     log_report(new_logger(folder, "", fresh=True), figure, summary, params)
     _print_verdict(summary, folder)
@@ -165,7 +172,13 @@ def fit(
 
 
 def _say(message: str) -> None:
-    print(f"[fit] {message}", flush=True)
+    if is_first_process():
+        print(f"[fit] {message}", flush=True)
+
+
+def _tail(path: str) -> str:
+    """The end of a path or hub id: enough to tell it from another in a narrow column."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _device(trainer: dict[str, Any] | None) -> torch.device:

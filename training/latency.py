@@ -16,6 +16,8 @@ from runtime.ladder import Ladder
 from runtime.loading import device_name
 from runtime.plan import static_plan
 
+from .progress import with_progress
+
 
 @torch.no_grad()
 def measure_latency(
@@ -33,7 +35,7 @@ def measure_latency(
         ladder = replace(ladder, rungs=(0, *ladder.rungs), rank_table=torch.cat([none, ladder.rank_table]))
     tokens = (torch.arange(context_tokens, device=model.device) % model.config.vocab_size)[None]
     times: dict[int, list[float]] = {rung: [] for rung in ladder.rungs}
-    for number in range(rounds + 1):
+    for number in with_progress(range(rounds + 1), "latency of every rung", rounds + 1):
         for rung in ladder.rungs:
             with activate(model, static_plan(ladder, rung)) as run:
                 cache = run.new_cache(1)

@@ -103,7 +103,7 @@ class PolicyFit(L.LightningModule):
 
     def _log(self, stage: str, parts: dict[str, Tensor], size: int) -> None:
         names = {f"{stage}/{name}": value for name, value in parts.items()}
-        self.log_dict(names, on_step=False, on_epoch=True, batch_size=size)
+        self.log_dict(names, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)

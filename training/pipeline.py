@@ -41,10 +41,12 @@ from .bench import Bench, summary_of
 from .calibrate import best_scales, calibrated_settings, lambda_range
 from .checkpoint_io import SafetensorsCheckpointIO, latest
 from .collect import collect_shards
+from .command import is_first_process
 from .compare import Curve, Progress, fixed_curve, oracle_curve, policy_curve
 from .documents import Corpus, Example, make_batch
 from .measure import HeldOut, Hindsight
 from .module import PolicyFit, loader
+from .progress import with_progress
 from .samples import LaterDamage, Samples, chunk_samples, measure_later_damage
 from .settings import FitSettings
 from .shards import ShardStore
@@ -256,7 +258,7 @@ def _train_round(
 
 def new_logger(root: Path, name: str, *, fresh: bool) -> TensorBoardLogger:
     """TensorBoard events in `root/name`; `fresh` removes those of an earlier run, whose lines would lie over these."""
-    if fresh:
+    if fresh and is_first_process():
         for old in (root / name).glob("events.out.tfevents.*"):
             old.unlink()
     return TensorBoardLogger(root, name=name, version="", default_hp_metric=False)
@@ -284,7 +286,7 @@ def percentile_policy(context: FitContext, targets: Targets, validation: Bench) 
     middle = (len(targets.settings.rungs) - 1) // 2
     settings = replace(targets.settings, start_rung=middle)
     kls = []
-    for candidate in candidates:
+    for candidate in with_progress(candidates, "percentile signals", len(candidates)):
         scores = validation.measure(candidate, settings, float(middle))
         fixed_rank = scores.mean_rank(context.rung_rank)
         # Candidates land at slightly different mean ranks; a KL that falls like 1/rank makes them comparable.

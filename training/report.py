@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .files import write_whole
+from policy.files import write_whole
 
 STYLE: dict[str, dict[str, Any]] = {
     "fixed": {"color": "#444444", "marker": "o", "label": "fixed rung"},

@@ -16,6 +16,7 @@ from torch import Tensor
 from runtime.adaptive import AdaptiveRun
 
 from .documents import Example
+from .progress import with_progress
 from .settings import FitSettings
 from .targets import Trajectory, later_damage
 
@@ -68,7 +69,7 @@ def measure_later_damage(
     chosen = torch.randperm(len(every), generator=generator)[: fit.later_chunks].tolist()
     immediate_sum = later_sum = 0.0
     tokens = 0
-    for number in chosen:
+    for number in with_progress(chosen, "later damage", len(chosen)):
         doc, i = every[number]
         start, end = (int(p) for p in paths[doc].starts[i : i + 2])
         immediate, later = later_damage(run, examples[doc], start, end, fit.later_tokens)

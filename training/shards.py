@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .files import write_whole
+from policy.files import write_whole
 
 
 class ShardStore:

@@ -17,7 +17,8 @@ from runtime.adaptive import activate
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.plan import RunPlan, plan_run
 from training.documents import batches, load_corpus
-from training.evaluate import evaluate, load_examples, main, measure_perplexity, with_progress
+from training.evaluate import evaluate, load_examples, main, measure_perplexity
+from training.progress import with_progress
 from training.settings import FitSettings
 
 
@@ -287,8 +288,8 @@ def test_bad_input_ends_in_one_line(change, says, arguments, capsys):
 def test_a_bar_appears_after_two_seconds_on_a_terminal(monkeypatch, patience_seconds, terminal):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal)
-    monkeypatch.setattr("training.evaluate.Console", lambda **_: console)
-    monkeypatch.setattr("training.evaluate.PATIENCE_SECONDS", patience_seconds)
+    monkeypatch.setattr("training.progress.Console", lambda **_: console)
+    monkeypatch.setattr("training.progress.PATIENCE_SECONDS", patience_seconds)
     assert list(with_progress([1, 2, 3], "block 1", 3)) == [1, 2, 3]
     assert ("block 1" in shown.getvalue()) == (patience_seconds < 0 and terminal)
     assert bool(shown.getvalue()) == (patience_seconds < 0 and terminal)

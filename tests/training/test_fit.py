@@ -129,16 +129,16 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     assert not [tag for tag in scalars if tag.startswith("tradeoff")]
     hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_kl_at_4"}
     assert hp <= scalars.keys()
-    every = {"model", "adapter", "dataset", "seed", "dtype", "rungs", "block_tokens", "fade_tokens"}
+    every = {"model", "adapter", "dataset", "seed", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
     for name, settings in (
         ("amounts", FitSettings),
         ("signals", SignalSettings),
         ("chunk", ChunkSettings),
         ("kv", KVSettings),
     ):
-        every |= {f"{name}.{field.name}" for field in fields(settings)}
+        every |= {f"settings.{name}.{field.name}" for field in fields(settings)}
     assert hparams.keys() == every
-    assert hparams["amounts.epochs"].number_value == CHANGES["amounts.epochs"]
+    assert hparams["settings.amounts.epochs"].number_value == CHANGES["amounts.epochs"]
     assert hparams["rungs"].string_value == "[2, 4, 6, 8]"
 
 
@@ -186,6 +186,19 @@ def test_killed_half_way_and_run_again_it_ends_as_if_nothing_had_happened(fitted
     assert without_latency(resumed["curves"]) == without_latency(uninterrupted["curves"])
     for key in ("area", "headroom", "captured", "exported", "kl_at"):
         assert resumed[key] == uninterrupted[key], key
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(fitted, case, tmp_path):
+    flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    process = subprocess.run(
+        [sys.executable, "-m", "training.fit", *case.arguments(tmp_path / "out", **CHANGES), *flags],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    two, one = summary_of(tmp_path / "out"), summary_of(fitted)
+    assert without_latency(two["curves"]) == without_latency(one["curves"])
+    assert len(PolicyCheckpoint.load(tmp_path / "out" / "policy").cost) == len(two["rungs"])
 
 
 @pytest.fixture
