@@ -29,9 +29,9 @@ class Layout:
         self.tokens, self.real = input_ids.gather(1, self.order), real.gather(1, self.order)
         # Deliberate wait, once per call: page allocation and the number of blocks are host decisions.
         counts = real.sum(1)
-        past = cached if attention_mask is None else attention_mask[:, : -self.columns].sum(1)
-        covers = attention_mask is not None and attention_mask.shape[1] > self.columns
-        wrong = (past != cached).any() if covers else torch.zeros((), dtype=torch.bool, device=counts.device)
+        wrong = torch.zeros((), dtype=torch.bool, device=counts.device)
+        if attention_mask is not None and attention_mask.shape[1] > self.columns:
+            wrong = (attention_mask[:, : -self.columns].sum(1) != cached).any()
         if not real.numel():
             raise ValueError(
                 f"input_ids: expected at least one token, got shape {list(input_ids.shape)}; pass a prompt"

@@ -10,7 +10,6 @@ import functools
 import json
 import sys
 import time
-import warnings
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +42,7 @@ from .pipeline import (
     compare_policies,
     describe_targets,
     new_logger,
+    quiet_lightning,
     train_policy,
 )
 from .report import log_report, write_report
@@ -114,7 +114,7 @@ def fit(
         model=network, ladder=ladder, corpus=corpus, fit=amounts, seed=seed, root=folder, identity=identity,
         make_trainer=functools.partial(_make_trainer, folder, trainer or {}), progress=say, device=network.device,
     )  # fmt: skip
-    # One forward at once: an adapter of another model is refused before anything is written.
+    # Hooking the model up once refuses an adapter of another model before anything is written.
     with context.running(None, settings):
         pass
     latency = _latency(folder, context)
@@ -297,12 +297,10 @@ def make_parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     parsed: Namespace = parser.parse_args(command_line(arguments))
-    with one_line_errors(), warnings.catch_warnings():
+    with one_line_errors(), quiet_lightning():
         given = parser.instantiate(parsed)  # builds the settings, which check themselves
         trainer = {k: v for k, v in vars(given.pop("trainer")).items() if v is not None}
         given.pop("config", None)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
         quiet_libraries()
         fit(**given.as_dict() if hasattr(given, "as_dict") else vars(given), trainer=trainer)
 

@@ -200,9 +200,7 @@ def train_policy(context: FitContext, targets: Targets, latency: LatencyTable) -
     """Train on full-rank trajectories, then on those of the policy's own, `fit.rounds` times."""
     examples = [*context.corpus.train, *context.corpus.validation]
     split = len(context.corpus.train)
-    parts = [
-        (_samples(examples[:split], targets.paths[:split], targets.tables[:split], targets.later)),
-    ]
+    parts = [_samples(examples[:split], targets.paths[:split], targets.tables[:split], targets.later)]
     held_out = _samples(examples[split:], targets.paths[split:], targets.tables[split:], targets.later)
     first = parts[0]
     unit_scale = context.fit.scales.index(1.0)
@@ -247,13 +245,8 @@ def _train_round(
         callbacks=[keep], logger=logger, max_epochs=fit.epochs, log_every_n_steps=1, plugins=[SafetensorsCheckpointIO()]
     )
     context.progress(f"training round {number}: {len(samples)} chunks, {'resumed' if resume else 'from the start'}")
-    with quiet_lightning():
-        trainer.fit(
-            module,
-            loader(samples, fit.batch_chunks, seed=context.seed),
-            loader(held_out, fit.batch_chunks),
-            ckpt_path=resume,
-        )
+    chunks = loader(samples, fit.batch_chunks, seed=context.seed)
+    trainer.fit(module, chunks, loader(held_out, fit.batch_chunks), ckpt_path=resume)
 
 
 def new_logger(root: Path, name: str, *, fresh: bool) -> TensorBoardLogger:
