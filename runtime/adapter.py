@@ -83,8 +83,8 @@ def _resolve(path: str | Path, revision: str | None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    looks_like_hub_id = isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.exists()
-    if looks_like_hub_id:
+    # `folder/name` beside a folder of that name is a mistyped path, not a hub id: no use asking the hub for it.
+    if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not folder.parent.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

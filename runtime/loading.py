@@ -56,7 +56,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def _require(name: str | Path) -> None:
     # transformers takes a missing path for a hub id and answers with a page about tokens and private repositories.
+    # `folder/name` beside a folder of that name is a mistyped path, not a hub id.
     looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1
+    looks_local = looks_local or Path(name).parent.is_dir()
     if looks_local and not Path(name).is_dir() and "/" in str(name):
         raise FileNotFoundError(f"model: expected a model folder or a hub id, got {str(name)!r}; check the path")
 

@@ -36,3 +36,4 @@ def quiet_libraries() -> None:
     # It logs a failure as an error before it raises it, and what is raised becomes our one line.
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
 import warnings
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import TextStreamer
 
@@ -59,16 +61,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    from transformers import logging, set_seed
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read
     with one_line_errors(), warnings.catch_warnings():
         if args.max_new_tokens < 1:
             raise ValueError(f"max-new-tokens: expected at least 1, got {args.max_new_tokens}; correct it")
         if args.temperature is not None and not args.do_sample:
             raise ValueError(f"temperature: expected --do-sample with it, got {args.temperature} alone; add it")
-        set_seed(args.seed)
+        transformers.set_seed(args.seed)
         tokenizer = load_tokenizer(args.model)
         streamer = TimedStreamer(tokenizer)
         optional = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from policy import ChunkSettings, Fingerprints, KnobCurve, KVSettings, PercentilePolicy, PolicyCheckpoint, Settings
-from runtime import build_ladder, load_adapter
+from runtime import build_ladder, load_adapter, load_model, load_tokenizer
 from runtime.adapter import WEIGHTS_NAME
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.generate.__main__ import main
@@ -175,3 +175,12 @@ def test_as_a_process_with_a_mistake(stories_path):
     assert done.stderr.startswith("error: adapter: expected")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_adapter])
+def test_a_mistyped_relative_path_is_not_looked_up_on_the_hub(load, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="check the path") as error:
+        load("checkpoints/bse")
+    assert "hub id" in str(error.value) or "expected a folder" in str(error.value)
