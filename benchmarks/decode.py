@@ -32,16 +32,19 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from policy.fixed import FixedPolicy
+from policy.operating import Operating
 from policy.percentile import PercentilePolicy
 from policy.settings import FULL_KV, KVSettings, Settings
 from runtime import build_ladder, load_adapter
-from runtime.adaptive import AdaptiveCache, activate
+from runtime.control.record import RESPONSE, mean_rank
 from runtime.kv import FORMATS
 from runtime.ladder import Ladder
 from runtime.plan import STATIC_BLOCK_TOKENS, RunPlan
+from runtime.reference.adaptive import activate
+from runtime.reference.run import AdaptiveCache
 
-from .gate import check, peft_missing, peft_model, random_tokens
-from .report import (
+from .correctness import check, peft_missing, peft_model, random_tokens
+from .printing import (
     copy_bandwidth,
     default_device,
     device_name,
@@ -86,16 +89,17 @@ class Clock(BaseStreamer):
 def fixed_plan(ladder: Ladder, rung: int, kv: KVSettings = FULL_KV) -> RunPlan:
     """One rung for all tokens. Compressed pages settle block by block, so they need small blocks."""
     index = ladder.rung_index(rung)
-    settings = Settings(ladder.rungs, start_rung=index, block_tokens=STATIC_BLOCK_TOKENS, fade_tokens=1, kv=kv)
+    settings = Settings(block_tokens=STATIC_BLOCK_TOKENS, fade_tokens=1, kv=kv)
     if not kv.is_full:
-        settings = replace(settings, block_tokens=Settings(ladder.rungs).block_tokens)
-    return RunPlan(ladder, FixedPolicy(settings), settings, float(index))
+        settings = replace(settings, block_tokens=Settings().block_tokens)
+    return RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(index), index, kv))
 
 
 def percentile_plan(ladder: Ladder) -> RunPlan:
     """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, cross-fades, KV pages."""
-    settings = Settings(ladder.rungs)
-    return RunPlan(ladder, PercentilePolicy(settings, "complexity"), settings, (len(ladder.rungs) - 1) / 2)
+    settings, top = Settings(), len(ladder.rungs) - 1
+    operating = Operating.at(top / 2, top, settings.kv)
+    return RunPlan((ladder,), PercentilePolicy(ladder.rungs, "complexity"), settings, operating)
 
 
 @contextmanager
@@ -187,13 +191,13 @@ def kv_report(cache: Any) -> dict[str, Any]:
         held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
         return {"kv_bytes": held, "kv_bytes_full": held}
     # Every module of these ladders has the rung's own rank, so no weighting by bytes is needed.
-    ranks = torch.tensor([float(rung) for rung in cache.stream.settings.rungs])
+    ranks = torch.tensor([float(rung) for rung in cache.stream.policy.rungs])
     names = Counter(FORMATS[code] for code in cache.page_formats().flatten().tolist())
     return {
         "kv_bytes": cache.kv_bytes(),
         "kv_bytes_full": cache.kv_bytes_full(),
         "pages": {name: count for name, count in sorted(names.items()) if name != "none"},
-        "mean_rank": cache.stream.mean_rank(ranks)[0],
+        "mean_rank": mean_rank(cache.stream.sums.counts[:, RESPONSE].cpu(), ranks),
     }
 
 

@@ -24,16 +24,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from policy.fixed import FixedPolicy
+from policy.operating import Operating
 from policy.settings import FULL_KV, PAGE_TOKENS, KVSettings, Settings
 from runtime import build_ladder, load_adapter, load_model, load_tokenizer
-from runtime.adapter import Adapter, LoraFactors
-from runtime.adaptive import AdaptiveCache, activate
 from runtime.command import one_line_errors
 from runtime.kv import FORMATS, formats
 from runtime.ladder import Ladder
+from runtime.ladder.adapter import Adapter, LoraFactors
 from runtime.plan import RunPlan
+from runtime.reference.adaptive import activate
+from runtime.reference.run import AdaptiveCache
 
-from .report import default_device, device_slug, finish, header, print_table
+from .printing import default_device, device_slug, finish, header, print_table
 
 CONFIGURATIONS = {
     "full": FULL_KV,
@@ -68,8 +70,8 @@ def no_adapter(model: PreTrainedModel) -> Ladder:
 def plan(ladder: Ladder, rung: int, kv: KVSettings) -> RunPlan:
     """One rung throughout; the default blocks, so that pages settle as they would in use."""
     index = ladder.rung_index(rung)
-    settings = Settings(ladder.rungs, start_rung=index, fade_tokens=1, kv=kv)
-    return RunPlan(ladder, FixedPolicy(settings), settings, float(index))
+    settings = Settings(fade_tokens=1, kv=kv)
+    return RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(index), index, kv))
 
 
 @torch.no_grad()
@@ -197,7 +199,7 @@ def main() -> None:
         print(f"{name} page error: keys {error['keys_all']:.2%}, values {error['values_all']:.2%} (all layers)")
     record = header("kv", device) | {
         "model": model_name, "adapter": adapter_name, "text": text_name, "dtype": args.dtype, "tokens": ids.numel(),
-        "window_tokens": args.window, "block_tokens": Settings((0,)).block_tokens, "page_errors": errors,
+        "window_tokens": args.window, "block_tokens": Settings().block_tokens, "page_errors": errors,
         "configurations": results,
     }  # fmt: skip
     finish(record, args.output, f"kv-{model_name}-{args.dtype}-{device_slug(device)}")

@@ -14,10 +14,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from runtime.adapter import LoraFactors
 from runtime.ladder import svd_factors
+from runtime.ladder.adapter import LoraFactors
 
-from .report import default_device, device_slug, finish, header, print_table, seconds, spread
+from .printing import default_device, device_slug, finish, header, print_table, seconds, spread
 
 REQUIRED_SPEEDUP = 20.0
 LARGEST_DIFFERENCE = 1e-4

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from runtime.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from runtime.ladder.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-7b": {

@@ -5,6 +5,7 @@ is asked once per chunk, when the chunk opens. It imports no sibling: `runtime` 
 decisions, `training` fits a policy and calibrates its knob, and both meet here.
 
     settings    everything about a run that is decided before its first token
+    operating   what every row may spend: knob, start rung, KV policy, adapter
     contract    Summary in, Decision out, and the knob that moves a policy along its trade-off curve
     fixed, percentile, learned             policies to serve
     random, oracle                         what they are compared with
@@ -18,6 +19,7 @@ from .cost import LatencyTable, adapter_cost
 from .curve import KnobCurve, check_budget
 from .fixed import FixedPolicy
 from .learned import LearnedPolicy
+from .operating import KVRows, Operating
 from .oracle import OraclePolicy
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
@@ -25,10 +27,12 @@ from .settings import (
     DEFAULT_RUNGS,
     FADES,
     FULL_KV,
+    MODEL_SIGNALS,
     PAGE_ACTIONS,
     PAGE_TOKENS,
     SIGNALS,
     STATS,
+    TOKEN_SIGNALS,
     ChunkSettings,
     KVSettings,
     Settings,
@@ -40,18 +44,22 @@ __all__ = [
     "FADES",
     "FULL_KV",
     "KINDS",
+    "MODEL_SIGNALS",
     "PAGE_ACTIONS",
     "PAGE_TOKENS",
     "SIGNALS",
     "STATS",
+    "TOKEN_SIGNALS",
     "ChunkSettings",
     "Decision",
     "Fingerprints",
     "FixedPolicy",
+    "KVRows",
     "KVSettings",
     "KnobCurve",
     "LatencyTable",
     "LearnedPolicy",
+    "Operating",
     "OraclePolicy",
     "PercentilePolicy",
     "PolicyCheckpoint",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -31,11 +32,14 @@ from .cost import LatencyTable
 from .curve import KnobCurve, check_budget
 from .fixed import FixedPolicy
 from .learned import LearnedPolicy
+from .operating import Operating
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
-from .settings import Settings
+from .rungs import rung_shares
+from .schema1 import upgrade
+from .settings import FULL_KV, Settings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TENSORS = "policy.safetensors"
 RECORD = "policy.json"
 
@@ -55,7 +59,7 @@ _Value = TypeVar("_Value")
 
 
 class Fingerprints(TypedDict):
-    """What the policy was fitted to. A `shared` policy may be used with any adapter of the same model and rungs."""
+    """What the policy was fitted to. A `shared` policy may be used with any adapter of the same model, of any rank."""
 
     model: str
     adapter: str
@@ -68,6 +72,7 @@ class PolicyCheckpoint:
     """A policy with all that is needed to serve it. Raises ValueError when its parts do not fit together."""
 
     policy: RankPolicy
+    settings: Settings
     curve: KnobCurve | None
     """Budget to knob; None only for `fixed`, whose knob follows from `cost` directly."""
     cost: tuple[float, ...]
@@ -79,7 +84,7 @@ class PolicyCheckpoint:
 
     def __post_init__(self) -> None:
         self.cost = tuple(float(value) for value in self.cost)
-        count = len(self.settings.rungs)
+        count = len(self.policy.rungs)
         ascending = list(self.cost) == sorted(self.cost)
         if len(self.cost) != count or not ascending or self.cost[0] < 0 or self.cost[-1] != 1:
             raise ValueError(f"cost: expected {count} ascending numbers from [0, 1] ending in 1, got {self.cost}")
@@ -97,11 +102,6 @@ class PolicyCheckpoint:
         prints: Mapping[str, Any] = self.fingerprints
         if set(prints) != set(names) or not all(isinstance(prints[name], names[name]) for name in names):
             raise ValueError(f"fingerprints: expected model, adapter, ladder (or null) and shared, got {dict(prints)}")
-
-    @property
-    def settings(self) -> Settings:
-        """The run's settings, those of the policy."""
-        return self.policy.settings
 
     def budget_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
         """The budget meant by either argument; neither: the default. Raises ValueError for both arguments at once, a
@@ -133,16 +133,49 @@ class PolicyCheckpoint:
             return float(self.rung_for(budget))
         return self.curve.knob(budget)
 
+    def operating(self, budgets: Sequence[float], adapters: Sequence[int]) -> Operating:
+        """What rows of these budgets may spend, each on the ladder of its number in `adapters`.
+
+        A row starts at the dearest rung within its budget and keeps its prompt there. A budget of 1 is the exact
+        adapter with full-precision KV. Raises ValueError for a budget outside [0, 1].
+        """
+        return Operating.at(
+            torch.tensor([self.knob_for(budget) for budget in budgets]),
+            torch.tensor([self.rung_for(budget) for budget in budgets]),
+            [FULL_KV if budget == 1 else self.settings.kv for budget in budgets],
+            torch.tensor(adapters),
+        )
+
+    def rungs_for(self, rank: int) -> tuple[int, ...]:
+        """The rungs of an adapter of `rank`: the policy's own, or for a `shared` policy the same shares of `rank`.
+
+        Raises ValueError where a share is no whole number of directions.
+        """
+        own = self.policy.rungs
+        if rank == own[-1] or not self.fingerprints["shared"]:
+            return own
+        if any(rung * rank % own[-1] for rung in own):
+            least = own[-1] // math.gcd(*own)
+            raise ValueError(
+                f"adapter: expected a rank of which the policy's rungs {own} are whole shares, got {rank}; use an "
+                f"adapter whose rank is a multiple of {least}"
+            )
+        return tuple(rung * rank // own[-1] for rung in own)
+
     def check(self, *, model: str, adapter: str, rungs: Sequence[int], ladder: str | None = None) -> None:
-        """Raise ValueError unless the policy fits this model, adapter, rungs and (where both have one) ladder."""
+        """Raise ValueError unless the policy fits this model, adapter, rungs and (where both have one) ladder.
+
+        A `shared` policy fits every adapter of the model whose rungs are the same shares of its rank.
+        """
         own = self.fingerprints
         if model != own["model"]:
             raise ValueError(
                 f"model: expected fingerprint {own['model']}, got {model}; load the base model the policy was fitted to"
             )
-        if tuple(rungs) != self.settings.rungs:
+        given, wanted = tuple(rungs), self.policy.rungs
+        if not (given == wanted or (own["shared"] and rung_shares(given) == rung_shares(wanted))):
             raise ValueError(
-                f"rungs: expected {self.settings.rungs}, got {tuple(rungs)}; build the ladder with the policy's rungs"
+                f"rungs: expected {self.policy.rungs}, got {tuple(rungs)}; build the ladder with the policy's rungs"
             )
         if own["shared"]:
             return
@@ -170,7 +203,7 @@ class PolicyCheckpoint:
                 "which fits only the tokens it was made for; export the policy it was compared with"
             )
         state = {name: value.detach().cpu().contiguous() for name, value in self.policy.state_dict().items()}
-        _check_tensors(_rebuild(self.policy.kind, self.settings, self.policy.config()), state, "policy")
+        _check_tensors(_rebuild(self.policy.kind, self.policy.rungs, self.policy.config()), state, "policy")
         tensors = safetensors.torch.save(state, metadata={"format": "pt"})
         record = self._record(hashlib.sha256(tensors).hexdigest())
 
@@ -200,18 +233,21 @@ class PolicyCheckpoint:
             raise FileNotFoundError(f"policy: expected a folder, got {folder}, which is not one; check the path")
         record = _read_record(folder)
         where = str(folder / RECORD)
+        tensors = _read_tensors(folder / TENSORS)
+        if record["schema_version"] == 1:
+            record, tensors = _parse(where, "schema 1", lambda: upgrade(record, tensors))
         settings = _parse(where, "settings", lambda: Settings.from_dict(record["settings"]))
-        if record["rungs"] != list(settings.rungs):
-            got = f"{record['rungs']} beside {list(settings.rungs)}"
-            raise ValueError(f"{where}: rungs: expected those of settings, got {got}; export the policy again")
-        policy = _parse(where, "config", lambda: _rebuild(record["kind"], settings, record["config"]))
-        _load_tensors(policy, folder / TENSORS, record["tensors_sha256"])
+        policy = _parse(where, "config", lambda: _rebuild(record["kind"], record["rungs"], record["config"]))
+        _check_tensors(policy, tensors, str(folder / TENSORS))
+        _check_digest(folder / TENSORS, record["tensors_sha256"])
+        policy.load_state_dict(tensors)
         curve, latency = record["curve"], record["latency"]
         return _parse(
             where,
             "policy",
             lambda: cls(
                 policy=policy.eval(),
+                settings=settings,
                 curve=None if curve is None else KnobCurve(**curve),
                 cost=tuple(record["cost"]),
                 fingerprints=record["fingerprints"],
@@ -227,7 +263,7 @@ class PolicyCheckpoint:
             "kind": self.policy.kind,
             "settings": self.settings.to_dict(),
             "config": self.policy.config(),
-            "rungs": self.settings.rungs,
+            "rungs": self.policy.rungs,
             "curve": self.curve and asdict(self.curve),
             "cost": self.cost,
             "default_budget": self.default_budget,
@@ -248,10 +284,10 @@ class PolicyCheckpoint:
             raise ValueError(f"metrics: expected JSON values and finite numbers, got {error}; convert them") from None
 
 
-def _rebuild(kind: str, settings: Settings, config: Mapping[str, Any]) -> RankPolicy:
+def _rebuild(kind: str, rungs: Sequence[int], config: Mapping[str, Any]) -> RankPolicy:
     """A policy of this kind whose tensors are still to be loaded; the random generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        return KINDS[kind](settings, **config)
+        return KINDS[kind](rungs, **config)
 
 
 def _parse(where: str, name: str, build: Callable[[], _Value]) -> _Value:
@@ -274,9 +310,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}; export the policy again")
     version = record.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         raise ValueError(
-            f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}; "
+            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1), got {version!r}; "
             "export the policy with this version, or read it with the one that wrote it"
         )
     missing = [name for name in (*_FIELDS, "metrics", "tensors_sha256") if name not in record]
@@ -287,18 +323,18 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _load_tensors(policy: RankPolicy, path: Path, digest: str) -> None:
-    data = path.read_bytes()
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        found = safetensors.torch.load(data)
+        return safetensors.torch.load(path.read_bytes())
     except Exception as error:  # safetensors raises its own type, KeyError or ValueError, by what is damaged.
         raise ValueError(
             f"{path}: expected a whole safetensors file, got one that does not parse ({error}); copy or export it again"
         ) from None
-    _check_tensors(policy, found, str(path))
-    if hashlib.sha256(data).hexdigest() != digest:
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise ValueError(f"{path}: expected the file {RECORD} was written with, got another; export the policy again")
-    policy.load_state_dict(found)
 
 
 def _check_tensors(policy: RankPolicy, found: Mapping[str, Tensor], where: str) -> None:

@@ -8,21 +8,24 @@ policy is the whole curve and every policy is calibrated and compared the same w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .settings import SIGNALS, STATS, Settings
+from .rungs import checked_rungs
+from .settings import SIGNALS, STATS, TOKEN_SIGNALS
 
 
 @dataclass(frozen=True)
 class Summary:
     """What is known when a chunk opens.
 
-    The statistics are those of the chunk just closed, over its tokens whose signals are already known; of a
-    model-output signal for which that chunk has none yet, the latest known ones stand.
+    The statistics are over the tokens whose signals have become known since the last opening: of a signal that follows
+    from the tokens, the chunk just closed; of one that the model puts out, everything completed in between, chunks
+    that opened and closed inside one block included. Where nothing new is known, the latest statistics stand.
     """
 
     stats: Tensor
@@ -34,13 +37,21 @@ class Summary:
     position: Tensor
     """[B] long: index of that token in its row, counted from the row's first real token."""
 
-    FEATURES: ClassVar[int] = len(SIGNALS) * len(STATS) + len(SIGNALS) + 2
+    FEATURES: ClassVar[int] = len(SIGNALS) * len(STATS) + len(SIGNALS) + len(TOKEN_SIGNALS)
 
     def features(self) -> Tensor:
         """[B, 18] float32: the statistics, zero where invalid, then validity, then the first token's signals."""
         # Masked, not multiplied: whatever stands where a signal is unknown, NaN included, must not be seen.
         stats = self.stats.to(torch.float32).masked_fill(~self.valid[..., None], 0.0)
         return torch.cat([stats.flatten(1), self.valid.to(torch.float32), self.first.to(torch.float32)], dim=1)
+
+    @classmethod
+    def from_features(cls, features: Tensor) -> Summary:
+        """The summary whose `features()` these are, [N, 18]; positions, which they do not hold, count from 0."""
+        split = len(SIGNALS) * len(STATS)
+        stats = features[:, :split].view(-1, len(SIGNALS), len(STATS))
+        valid, first = features[:, split : split + len(SIGNALS)].bool(), features[:, split + len(SIGNALS) :]
+        return cls(stats, valid, first, torch.arange(len(features), device=features.device))
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,17 @@ class Decision:
 
 
 class RankPolicy(nn.Module, ABC):
-    """Maps summaries to decisions. Pure: the same summary and knob always give the same decision."""
+    """Maps summaries to decisions. Pure: the same summary and knob always give the same decision.
+
+    `rungs` are the equivalent ranks it chooses among, ascending, the last one the exact adapter.
+    """
 
     kind: ClassVar[str]
-    settings: Settings
+    rungs: tuple[int, ...]
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, rungs: Sequence[int]) -> None:
         super().__init__()
-        self.settings = settings
+        self.rungs = checked_rungs(rungs)
 
     @abstractmethod
     def decide(self, summary: Summary, knob: Tensor) -> Decision:

@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 
 
-def adapter_cost(rank_table: Tensor, row_bytes: Tensor) -> Tensor:
+def adapter_cost(rung_bytes: Tensor) -> Tensor:
     """Bytes of each rung relative to the top one, [J] float32 on the CPU, non-decreasing, 1 at the top.
 
-    `rank_table` [J, M]: rank of module m at rung j; `row_bytes` [M]: bytes of one direction of module m, that is
-    (d_in + d_out) times the size of an element. Raises ValueError for other shapes, a falling rank or a top of 0 bytes.
+    `rung_bytes` [J] are `Ladder.rung_bytes()`. Raises ValueError for another shape, bytes that fall from one rung to
+    the next, or a top of 0 bytes.
     """
-    if rank_table.ndim != 2 or rank_table.shape[0] == 0 or row_bytes.shape != rank_table.shape[1:]:
-        got = f"{tuple(rank_table.shape)} and {tuple(row_bytes.shape)}"
-        raise ValueError(f"rank_table, row_bytes: expected shapes [J, M] and [M], got {got}")
-    ranks, each = rank_table.detach().cpu().double(), row_bytes.detach().cpu().double()
-    if bool((ranks < 0).any()) or bool((ranks.diff(dim=0) < 0).any()):
-        raise ValueError("rank_table: expected ranks of at least 0 that never fall from one rung to the next")
-    total = (ranks * each).sum(1)
-    if float(total[-1]) <= 0:
-        raise ValueError(f"rank_table, row_bytes: expected a top rung of more than 0 bytes, got {float(total[-1])}")
+    total = rung_bytes.detach().cpu().double()
+    if total.ndim != 1 or len(total) == 0:
+        raise ValueError(f"rung_bytes: expected shape [J], got {tuple(rung_bytes.shape)}; pass Ladder.rung_bytes()")
+    if float(total.min()) < 0 or bool((total.diff() < 0).any()) or float(total[-1]) <= 0:
+        raise ValueError(
+            f"rung_bytes: expected bytes of at least 0 that never fall, the top above 0, got {total.tolist()}; check "
+            "the ladder"
+        )
     return (total / total[-1]).to(torch.float32)
 
 

@@ -5,13 +5,13 @@ The knob is the rung's index. It is also what an export falls back to when nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
 from .rungs import nearest_rung, rung_scales
-from .settings import Settings
 
 
 class FixedPolicy(RankPolicy):
@@ -20,16 +20,16 @@ class FixedPolicy(RankPolicy):
     kind: ClassVar[str] = "fixed"
     scales: Tensor
 
-    def __init__(self, settings: Settings, scales: Tensor | None = None) -> None:
-        super().__init__(settings)
-        self.register_buffer("scales", rung_scales(settings, scales))
+    def __init__(self, rungs: Sequence[int], scales: Tensor | None = None) -> None:
+        super().__init__(rungs)
+        self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
-        rung = nearest_rung(knob, self.settings)
+        rung = nearest_rung(knob, len(self.rungs))
         return Decision(rung, self.scales.float().index_select(0, rung))
 
     def knob_range(self) -> tuple[float, float]:
-        return 0.0, float(len(self.settings.rungs) - 1)
+        return 0.0, float(len(self.rungs) - 1)
 
     def config(self) -> dict[str, Any]:
         return {}

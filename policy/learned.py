@@ -21,13 +21,13 @@ gets the top rung.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .contract import Decision, RankPolicy, Summary
-from .settings import Settings
 
 _GROWTH = 6.0
 """|h| stays below this: one chunk's damage differs from the average by at most a factor exp(6) = 403."""
@@ -55,16 +55,16 @@ class LearnedPolicy(RankPolicy):
 
     def __init__(
         self,
-        settings: Settings,
+        rungs: Sequence[int],
         hidden: int = 48,
         scale_range: float = 0.3,
         log_lambda_range: tuple[float, float] = (-14.0, 7.0),
         cost: Tensor | None = None,
     ) -> None:
-        super().__init__(settings)
-        rungs = len(settings.rungs)
-        if rungs < 2:
-            raise ValueError(f"rungs: expected at least two to choose from, got {settings.rungs}; use a fixed policy")
+        super().__init__(rungs)
+        count = len(self.rungs)
+        if count < 2:
+            raise ValueError(f"rungs: expected at least two to choose from, got {self.rungs}; use a fixed policy")
         if hidden < 1:
             raise ValueError(f"hidden: expected at least 1, got {hidden!r}")
         if not 0 <= scale_range < 1:
@@ -74,10 +74,10 @@ class LearnedPolicy(RankPolicy):
             raise ValueError(f"log_lambda_range: expected low < high within [-40, 40], got {(low, high)}")
         self.hidden, self.scale_range, self.log_lambda_range = int(hidden), float(scale_range), (low, high)
 
-        ranks = torch.tensor(settings.rungs, dtype=torch.float32)
+        ranks = torch.tensor(self.rungs, dtype=torch.float32)
         cost = ranks / ranks[-1] if cost is None else cost.detach().to(torch.float32).clone()
-        if cost.shape != (rungs,) or bool((cost.diff() < 0).any()) or float(cost[0]) < 0 or float(cost[-1]) != 1:
-            raise ValueError(f"cost: expected {rungs} ascending numbers from [0, 1] ending in 1, got {cost.tolist()}")
+        if cost.shape != (count,) or bool((cost.diff() < 0).any()) or float(cost[0]) < 0 or float(cost[-1]) != 1:
+            raise ValueError(f"cost: expected {count} ascending numbers from [0, 1] ending in 1, got {cost.tolist()}")
         self.register_buffer("cost", cost)
         self.register_buffer("feature_mean", torch.zeros(Summary.FEATURES))
         self.register_buffer("feature_std", torch.ones(Summary.FEATURES))
@@ -87,13 +87,13 @@ class LearnedPolicy(RankPolicy):
         guess = 0.05 / cost.clamp(min=1 / 64)
         self.register_buffer("damage_unit", (guess[:-1] - guess[1:]).clamp(min=_LEAST_UNIT_NATS))
         # Sums the steps from rung j up; a matrix, because cumsum has no deterministic CUDA kernel.
-        self.register_buffer("later", torch.ones(rungs - 1, rungs).tril(), persistent=False)
+        self.register_buffer("later", torch.ones(count - 1, count).tril(), persistent=False)
 
         self.trunk = nn.Sequential(
             nn.Linear(Summary.FEATURES + 1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
         )
-        self.damage_head = nn.Linear(hidden, rungs - 1)
-        self.scale_head = nn.Linear(hidden, rungs - 1)
+        self.damage_head = nn.Linear(hidden, count - 1)
+        self.scale_head = nn.Linear(hidden, count - 1)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
         self._start_blind()
 

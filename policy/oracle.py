@@ -5,13 +5,13 @@ Evaluation only. It belongs to the very tokens it was made for, so it is never e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
-from .settings import Settings
 
 
 class OraclePolicy(RankPolicy):
@@ -25,12 +25,12 @@ class OraclePolicy(RankPolicy):
     rung: Tensor
     scale: Tensor
 
-    def __init__(self, settings: Settings, rung: Tensor, scale: Tensor) -> None:
-        super().__init__(settings)
+    def __init__(self, rungs: Sequence[int], rung: Tensor, scale: Tensor) -> None:
+        super().__init__(rungs)
         if rung.ndim != 2 or rung.numel() == 0 or rung.shape != scale.shape:
             shapes = f"{tuple(rung.shape)} and {tuple(scale.shape)}"
             raise ValueError(f"rung, scale: expected two non-empty schedules of one shape [B, N], got {shapes}")
-        top = len(settings.rungs) - 1
+        top = len(self.rungs) - 1
         low, high = int(rung.min()), int(rung.max())
         if low < 0 or high > top:
             raise ValueError(f"rung: expected indices in [0, {top}], got {low} to {high}")

@@ -7,6 +7,7 @@ part of the band is equally likely, so `random` with the same spread is this pol
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
 from .rungs import nearest_rung, rung_scales
-from .settings import SIGNALS, STATS, Settings
+from .settings import SIGNALS, STATS
 
 COMPLEXITY = "complexity"
-"""In place of a signal's name: the mean of the known signals, weighted by `settings.chunk.weights`."""
+"""In place of a signal's name: the mean of the known signals, weighted as in the token complexity."""
 
 GRID_POINTS = 101
 
@@ -28,7 +29,8 @@ class PercentilePolicy(RankPolicy):
 
     `signal` is one of SIGNALS or "complexity"; `grid` is [101], the ascending quantiles 0, 0.01, ..., 1 of that value
     on calibration text (left out: even steps from 0 to 1); `spread` is half the band's width in rungs; `scales` is
-    [J]. Raises ValueError for an unknown signal, a bad grid or a negative spread.
+    [J]; `weights` are those of the complexity, by signal (left out: all alike). Raises ValueError for an unknown
+    signal, a bad grid or a negative spread.
     """
 
     kind: ClassVar[str] = "percentile"
@@ -38,13 +40,14 @@ class PercentilePolicy(RankPolicy):
 
     def __init__(
         self,
-        settings: Settings,
+        rungs: Sequence[int],
         signal: str,
         grid: Tensor | None = None,
         scales: Tensor | None = None,
         spread: float = 2.0,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(settings)
+        super().__init__(rungs)
         if signal not in (*SIGNALS, COMPLEXITY):
             raise ValueError(f"signal: expected one of {', '.join((*SIGNALS, COMPLEXITY))}, got {signal!r}")
         if not 0 <= spread < float("inf"):
@@ -54,14 +57,21 @@ class PercentilePolicy(RankPolicy):
             raise ValueError(f"grid: expected {GRID_POINTS} ascending finite numbers, got shape {tuple(grid.shape)}")
         self.signal = signal
         self.spread = float(spread)
-        weights = settings.chunk.weights if signal == COMPLEXITY else [float(name == signal) for name in SIGNALS]
-        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.complexity_weights = {name: float((weights or {}).get(name, not weights)) for name in SIGNALS}
+        used = self.complexity_weights if signal == COMPLEXITY else {signal: 1.0}
+        self.register_buffer("weights", torch.tensor([used.get(name, 0.0) for name in SIGNALS]), persistent=False)
         self.register_buffer("grid", grid)
-        self.register_buffer("scales", rung_scales(settings, scales))
+        self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     @classmethod
     def calibrate(
-        cls, values: Tensor, settings: Settings, signal: str, scales: Tensor | None = None, spread: float = 2.0
+        cls,
+        values: Tensor,
+        rungs: Sequence[int],
+        signal: str,
+        scales: Tensor | None = None,
+        spread: float = 2.0,
+        weights: Mapping[str, float] | None = None,
     ) -> PercentilePolicy:
         """The policy whose grid holds the quantiles of `values` [N], one per chunk of calibration text.
 
@@ -72,7 +82,7 @@ class PercentilePolicy(RankPolicy):
             raise ValueError(f"values: expected at least one finite value to calibrate on, got {sample.size} values")
         grid = torch.from_numpy(np.quantile(sample, np.linspace(0, 1, GRID_POINTS))).to(torch.float32)
         # Interpolated quantiles of equal neighbours may differ in the last bit, in either direction.
-        return cls(settings, signal, grid.cummax(0).values, scales, spread)
+        return cls(rungs, signal, grid.cummax(0).values, scales, spread, weights)
 
     def value(self, summary: Summary) -> tuple[Tensor, Tensor]:
         """The number the thresholds are on, [B] float32 (0 where unknown), and whether it is known, [B] bool."""
@@ -97,11 +107,11 @@ class PercentilePolicy(RankPolicy):
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         value, known = self.value(summary)
         centred = torch.where(known, 2 * self.percentile(value) - 1, 0.0)
-        rung = nearest_rung(knob + self.spread * centred, self.settings)
+        rung = nearest_rung(knob + self.spread * centred, len(self.rungs))
         return Decision(rung, self.scales.float().index_select(0, rung))
 
     def knob_range(self) -> tuple[float, float]:
-        return -self.spread, len(self.settings.rungs) - 1 + self.spread
+        return -self.spread, len(self.rungs) - 1 + self.spread
 
     def config(self) -> dict[str, Any]:
-        return {"signal": self.signal, "spread": self.spread}
+        return {"signal": self.signal, "spread": self.spread, "weights": self.complexity_weights}

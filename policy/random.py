@@ -7,6 +7,7 @@ no state and no host, and replays inside a captured graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
 from .rungs import nearest_rung, rung_scales
-from .settings import Settings
 
 _Number = TypeVar("_Number", int, Tensor)
 _MASK = 0xFFFFFFFF
@@ -43,22 +43,22 @@ class RandomPolicy(RankPolicy):
     kind: ClassVar[str] = "random"
     scales: Tensor
 
-    def __init__(self, settings: Settings, seed: int, spread: float = 2.0, scales: Tensor | None = None) -> None:
-        super().__init__(settings)
+    def __init__(self, rungs: Sequence[int], seed: int, spread: float = 2.0, scales: Tensor | None = None) -> None:
+        super().__init__(rungs)
         if not 0 <= spread < float("inf"):
             raise ValueError(f"spread: expected a number of rungs of at least 0, got {spread!r}")
         self.seed = int(seed)
         self.spread = float(spread)
-        self.register_buffer("scales", rung_scales(settings, scales))
+        self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         row = torch.arange(knob.shape[0], device=summary.position.device)
         draw = uniform_hash(self.seed, row, summary.position)
-        rung = nearest_rung(knob + self.spread * (2 * draw - 1), self.settings)
+        rung = nearest_rung(knob + self.spread * (2 * draw - 1), len(self.rungs))
         return Decision(rung, self.scales.float().index_select(0, rung))
 
     def knob_range(self) -> tuple[float, float]:
-        return -self.spread, len(self.settings.rungs) - 1 + self.spread
+        return -self.spread, len(self.rungs) - 1 + self.spread
 
     def config(self) -> dict[str, Any]:
         return {"seed": self.seed, "spread": self.spread}

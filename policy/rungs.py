@@ -1,29 +1,44 @@
-"""From a knob to a rung, and the scale each rung carries: what `fixed`, `percentile` and `random` share."""
+"""The rungs a policy moves on, from a knob to a rung, and the scale each rung carries.
+
+A rung is named by its equivalent rank: the rank of a 16-bit adapter of the same bytes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .settings import Settings
+
+def checked_rungs(rungs: Sequence[int]) -> tuple[int, ...]:
+    """The rungs as a tuple. Raises ValueError unless they ascend from at least 0, each once, the top above 0."""
+    found = tuple(int(rung) for rung in rungs)
+    if not found or found[0] < 0 or found[-1] == 0 or list(found) != sorted(set(found)):
+        raise ValueError(f"rungs: expected ascending ranks of at least 0, each once, got {found}; correct the list")
+    return found
 
 
-def nearest_rung(knob: Tensor, settings: Settings) -> Tensor:
-    """Rung index [B] long nearest to `knob` [B], kept within the rungs.
+def rung_shares(rungs: Sequence[int]) -> tuple[float, ...]:
+    """Every rung relative to the top one: what rungs of adapters of different ranks have in common."""
+    return tuple(rung / rungs[-1] for rung in rungs)
+
+
+def nearest_rung(knob: Tensor, count: int) -> Tensor:
+    """Rung index [B] long nearest to `knob` [B], kept within `count` rungs.
 
     What is not a number gets the top rung: an unused row of a padded batch may hold anything, and an index out of
     range would take the whole batch down with it.
     """
-    top = len(settings.rungs) - 1
+    top = count - 1
     return knob.to(torch.float32).clamp(0, top).round().nan_to_num(nan=float(top)).long()
 
 
-def rung_scales(settings: Settings, scales: Tensor | None) -> Tensor:
-    """Scale of each rung, [J] float32; ones when `scales` is None.
+def rung_scales(count: int, scales: Tensor | None) -> Tensor:
+    """Scale of each of `count` rungs, [J] float32; ones when `scales` is None.
 
     Raises ValueError unless there is one positive scale per rung and the top rung, which is exact, keeps 1.
     """
-    count = len(settings.rungs)
     if scales is None:
         return torch.ones(count)
     if scales.shape != (count,):

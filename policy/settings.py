@@ -1,7 +1,8 @@
 """Everything about an adaptive run that is decided before the first token.
 
 These records travel inside a policy checkpoint, so that serving repeats exactly what training measured. They are
-frozen and validated once, on construction; a command-line flag's default is the default written here.
+frozen and validated once, on construction; a command-line flag's default is the default written here. What differs
+from request to request, knob, start rung, KV policy and adapter, is not here but in `operating`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SIGNALS = ("entropy", "novelty", "attention", "prior")
-"""The four complexity signals, in the order of every tensor that has a signal axis. Each lies in [0, 1]."""
+MODEL_SIGNALS = ("entropy", "attention")
+"""Signals that the model puts out: known of tokens in completed blocks only."""
+
+TOKEN_SIGNALS = ("novelty", "prior")
+"""Signals that follow from the tokens alone: known of a token before it is processed."""
+
+SIGNALS = (*MODEL_SIGNALS, *TOKEN_SIGNALS)
+"""The complexity signals, in the order of every tensor that has a signal axis. Each lies in [0, 1]."""
 
 STATS = ("mean", "max", "last")
 """What a chunk's summary keeps of each signal, in the order of every tensor that has a statistics axis."""
@@ -50,8 +57,8 @@ class ChunkSettings:
 
     min_tokens: int = 4
     max_tokens: int = 16
-    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    """Weight of each signal in the token complexity, in the order of `SIGNALS`."""
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SIGNALS, 1.0))
+    """Weight of each signal in the token complexity, by name; a signal left out counts nothing."""
     smoothing: float = 0.5
     """Weight of the newest value in each signal's running mean; 1 is no smoothing."""
     thresholds: tuple[float, ...] = (0.4, 0.6)
@@ -60,14 +67,18 @@ class ChunkSettings:
     """How far past a threshold the complexity must go before the class changes."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+        _check(isinstance(self.weights, dict), "chunk.weights", f"a weight by name of {SIGNALS}", self.weights)
+        unknown = self.weights.keys() - set(SIGNALS)
+        _check(not unknown, "chunk.weights", f"names among {', '.join(SIGNALS)}", sorted(unknown))
+        weights = {name: float(self.weights.get(name, 0.0)) for name in SIGNALS}
+        object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
         lengths = (self.min_tokens, self.max_tokens)
         _check(
             1 <= self.min_tokens <= self.max_tokens, "chunk.min_tokens, chunk.max_tokens", "1 <= min <= max", lengths
         )
-        ok = len(self.weights) == len(SIGNALS) and min(self.weights) >= 0 and sum(self.weights) > 0
-        _check(ok, "chunk.weights", f"{len(SIGNALS)} weights >= 0 that are not all zero", self.weights)
+        ok = min(weights.values()) >= 0 and sum(weights.values()) > 0
+        _check(ok, "chunk.weights", "weights >= 0 that are not all zero", weights)
         _check(0 < self.smoothing <= 1, "chunk.smoothing", "a number in (0, 1]", self.smoothing)
         _check(list(self.thresholds) == sorted(self.thresholds), "chunk.thresholds", "ascending", self.thresholds)
         _check(self.hysteresis >= 0, "chunk.hysteresis", "a number of at least 0", self.hysteresis)
@@ -109,27 +120,17 @@ FULL_KV = KVSettings(hard="full", easy="full")
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole adaptive run: rungs, chunks, blocks, fades, signals and KV pages."""
+    """The whole adaptive run: blocks, fades, signals, chunks and KV pages."""
 
-    rungs: tuple[int, ...]
-    """Allowed rank budgets, ascending; the last one is the adapter's own rank; 0 is the base model alone."""
-    start_rung: int = -1
-    """Index into `rungs` for tokens before the first model output exists; negative counts from the top."""
     block_tokens: int = 32
     """Tokens that one forward pass of prefill handles; signals that the model puts out are those of earlier blocks."""
     fade_tokens: int = 1
-    """Cross-fade length w; 1 switches hard. A fade runs at the larger of its two ranks for w tokens."""
+    """Cross-fade length w; 1 switches hard. A fade reads both of its rungs for w tokens."""
     signals: SignalSettings = field(default_factory=SignalSettings)
     chunk: ChunkSettings = field(default_factory=ChunkSettings)
     kv: KVSettings = field(default_factory=KVSettings)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rungs", tuple(int(r) for r in self.rungs))
-        ok = len(self.rungs) > 0 and self.rungs[0] >= 0 and list(self.rungs) == sorted(set(self.rungs))
-        _check(ok, "rungs", "ascending ranks of at least 0, each once", self.rungs)
-        count = len(self.rungs)
-        _check(-count <= self.start_rung < count, "start_rung", f"an index in [-{count}, {count})", self.start_rung)
-        object.__setattr__(self, "start_rung", self.start_rung % count)
         _check(self.block_tokens >= 1, "block_tokens", "an integer of at least 1", self.block_tokens)
         _check(self.fade_tokens in FADES, "fade_tokens", f"one of {FADES}", self.fade_tokens)
 

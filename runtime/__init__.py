@@ -1,16 +1,14 @@
 """The runtime: a policy's rank for every stretch of text, applied inside any Hugging Face causal LM.
 
-One request, in the order of the files: `loading` and `adapter` read, `ladder` factors, `plan` settles the run,
-`adaptive` takes the forward apart into blocks, `stream` (with `signals` and `machine`) decides, `gate` applies, `kv`
-keeps the pages, `generate` is the function and the command.
+One request, room by room: `generate` is the function and the command, `loading` and `ladder` read, `plan` settles what
+every row may spend, `control` decides, `reference` runs the model and applies (`ops`), `kv` says how pages are stored.
 """
 
-from .adapter import Adapter, load_adapter
-from .adaptive import AdaptiveRun, adaptive
 from .export import export_rung
 from .generate import Generation, generate
-from .ladder import Ladder, build_ladder
+from .ladder import Adapter, Ladder, build_ladder, load_adapter, load_ladder, open_ladder, save_ladder
 from .loading import load_model, load_tokenizer
+from .reference.adaptive import AdaptiveRun, adaptive
 
 __all__ = [
     "Adapter",
@@ -22,6 +20,9 @@ __all__ = [
     "export_rung",
     "generate",
     "load_adapter",
+    "load_ladder",
     "load_model",
     "load_tokenizer",
+    "open_ladder",
+    "save_ladder",
 ]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapter import Adapter
+if TYPE_CHECKING:
+    from .ladder import Adapter
 
 SAMPLES_PER_TENSOR = 8
 CONFIG_KEYS = (

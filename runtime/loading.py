@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .locate import is_hub_id
+
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,8 +40,19 @@ def load_model(name: str | Path, *, dtype: str = "auto", device: torch.device | 
         raise ValueError(f"model: expected whole files in {name}, got {_first_line(error)}; copy it again") from None
     except OSError as error:
         raise FileNotFoundError(f"model: expected a model at {str(name)!r}, got {_first_line(error)}") from None
-    torch.nn.Module.to(model, device or default_device())
+    place(model, device or default_device())
     return model.eval()
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move the model to `device`, unless it is there: a quantised base refuses to be moved once it is placed."""
+    if model.device != torch.empty(0, device=device).device:  # "cuda" becomes "cuda:0", as tensors report it
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens a row may have; None where the configuration names no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -56,10 +69,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def _require(name: str | Path) -> None:
     # transformers takes a missing path for a hub id and answers with a page about tokens and private repositories.
-    # `folder/name` beside a folder of that name is a mistyped path, not a hub id.
-    looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1
-    looks_local = looks_local or Path(name).parent.is_dir()
-    if looks_local and not Path(name).is_dir() and "/" in str(name):
+    if not Path(name).is_dir() and not is_hub_id(name):
         raise FileNotFoundError(f"model: expected a model folder or a hub id, got {str(name)!r}; check the path")
 
 

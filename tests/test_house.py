@@ -3,6 +3,9 @@
 data, policy  import no sibling
 runtime       imports policy, and never Lightning, not even through policy
 training      may import all three
+
+Within the runtime what is shared (`control`, `ops`, `ladder`, `kv`) knows nothing of the path that runs it
+(`reference`), and `control` nothing of transformers. Imports run one way: there is no circle anywhere.
 """
 
 import ast
@@ -31,6 +34,9 @@ LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 PICKLERS = {"_pickle", "cloudpickle", "dill", "joblib", "pickle", "shelve"}
 TORCH_PICKLE = re.compile(r"torch(\.serialization)?\.(load|save)")
 LINES_AT_MOST = 450
+SHARED_ROOMS = ("control", "ops", "ladder", "kv")
+PATHS = ("reference", "engine")
+FILES_ON_THE_WAY = 6
 
 TOP_LEVEL = (
     set(PACKAGES)
@@ -111,6 +117,90 @@ def violations(package: str, source: str) -> list[str]:
     if lines > LINES_AT_MOST:
         found.append(f"{lines} lines, at most {LINES_AT_MOST}: look for the seam")
     return found
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a source file; a package's is that of its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def edges() -> dict[str, set[str]]:
+    """Which of our modules each one imports when it is imported, by dotted name; what is for type checkers is not."""
+    modules = {module_name(path): path for path in sources()}
+    found: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for part in [node] if not isinstance(node, ast.Try) else node.body:
+                if isinstance(part, ast.Import):
+                    found[name] |= {alias.name for alias in part.names}
+                elif isinstance(part, ast.ImportFrom):
+                    base = package[: len(package) - part.level + 1] if part.level else []
+                    source = ".".join([*base, *([part.module] if part.module else [])])
+                    inner = {f"{source}.{alias.name}" for alias in part.names}
+                    found[name] |= inner & modules.keys() or {source}
+    return {name: (targets & modules.keys()) - {name} for name, targets in found.items()}
+
+
+def steps(graph: dict[str, set[str]], start: str, end: str) -> list[str]:
+    """The shortest chain of imports from one module to another."""
+    chains, seen = [[start]], {start}
+    for chain in chains:
+        if chain[-1] == end:
+            return chain
+        fresh = sorted(graph[chain[-1]] - seen)
+        seen |= set(fresh)
+        chains += [[*chain, name] for name in fresh]
+    raise AssertionError(f"no way from {start} to {end}")
+
+
+def test_rooms_keep_their_doors():
+    for name, imported in edges().items():
+        room = name.split(".")[1] if name.startswith("runtime.") else ""
+        if room in SHARED_ROOMS:
+            assert not [i for i in imported if i.startswith(tuple(f"runtime.{path}" for path in PATHS))], name
+        if room == "engine":
+            assert not [i for i in imported if i.startswith("runtime.reference")], name
+    control = [path for path in sources() if "control" in path.parts]
+    assert control
+    for path in control:
+        modules = {name for name, _ in imported_modules(ast.parse(path.read_text(encoding="utf-8")))}
+        assert not {name for name in modules if name.split(".")[0] == "transformers"}, path
+
+
+def test_imports_run_one_way():
+    graph, done = edges(), set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"a circle: {' -> '.join([*above, name])}"
+        if name not in done:
+            for imported in sorted(graph[name]):
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("end", ["runtime.ops.reference", "runtime.reference.gate", "runtime.control.machine"])
+def test_a_prompt_reaches_what_it_needs_in_few_files(end):
+    assert len(steps(edges(), "runtime.generate.__main__", end)) <= FILES_ON_THE_WAY
+
+
+def test_every_file_has_a_name_of_its_own():
+    named = [*sources(), *(ROOT / "benchmarks").glob("*.py")]
+    # two specifications of how few bits hold what they hold: of a page, and of a direction
+    shared = ("__init__.py", "__main__.py", "formats.py")
+    names = [path.name for path in named if path.name not in shared]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
+def test_the_readme_shows_the_rooms_of_the_runtime_and_of_training():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    rooms = [path for package in ("runtime", "training") for path in (ROOT / package).iterdir() if path.is_dir()]
+    missing = [path.name for path in rooms if path.name != "__pycache__" and f"{path.name}/" not in tree]
+    assert missing == []
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data import collate, encode, load_documents, split_names
+from runtime.loading import context_limit
 
-from .settings import FitSettings
+from .amounts import Amounts
 
 Example = dict[str, Any]
 
@@ -52,11 +53,16 @@ class Batch:
     prompt_tokens: Tensor
     """[B] long"""
 
+    def prompt(self) -> Tensor:
+        """[B, T] bool: the prompt's tokens."""
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return self.real & (steps < self.prompt_tokens[:, None])
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(x.to(device) for x in (self.tokens, self.real, self.scored, self.prompt_tokens)))
 
 
-def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, fit: FitSettings, seed: int) -> Corpus:
+def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, amounts: Amounts, seed: int) -> Corpus:
     """Read, split and encode a dataset.
 
     A dataset with train, validation and test splits keeps them, less what leaked from one into the next; of any other,
@@ -72,9 +78,9 @@ def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, fit: FitSettin
         leaked = read - sum(map(len, parts.values()))
     else:
         parts = _divide(load_documents(dataset, _first(names)), seed)
-    amounts = (fit.train_documents, fit.validation_documents, fit.test_documents)
+    wanted = (amounts.train_documents, amounts.validation_documents, amounts.test_documents)
     train, validation, test = (
-        _encode(parts[name], amount, tokenizer, fit, seed) for name, amount in zip(PARTS, amounts, strict=True)
+        _encode(parts[name], count, tokenizer, amounts, seed) for name, count in zip(PARTS, wanted, strict=True)
     )
     return Corpus(train, validation, test, leaked)
 
@@ -152,23 +158,23 @@ def _texts(documents: datasets.Dataset) -> list[str]:
 
 def check_context(model: PreTrainedModel, max_tokens: int, name: str = "max_tokens") -> None:
     """Raise ValueError when documents of `max_tokens` would not fit the model's context."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_limit(model)
     if context is not None and max_tokens > context:
         raise ValueError(f"{name}: expected at most the model's context of {context}, got {max_tokens}; lower it")
 
 
 def _encode(
-    documents: datasets.Dataset, amount: int, tokenizer: PreTrainedTokenizerBase, fit: FitSettings, seed: int
+    documents: datasets.Dataset, count: int, tokenizer: PreTrainedTokenizerBase, amounts: Amounts, seed: int
 ) -> list[Example]:
     # A sample of a large dataset need not be encoded whole: eight documents for each one wanted leave enough after
     # the short ones are dropped, and when they do not, all of it is taken.
     shuffled = documents.shuffle(seed=seed)
-    limits = {"max_tokens": fit.max_tokens, "min_completion_tokens": fit.min_completion_tokens}
-    some = shuffled.select(range(min(len(shuffled), 8 * amount)))
+    limits = {"max_tokens": amounts.max_tokens, "min_completion_tokens": amounts.min_completion_tokens}
+    some = shuffled.select(range(min(len(shuffled), 8 * count)))
     encoded = encode(some, tokenizer, **limits)
-    if len(encoded) < amount and len(some) < len(shuffled):
+    if len(encoded) < count and len(some) < len(shuffled):
         encoded = encode(shuffled, tokenizer, **limits)
-    return [dict(row) for row in encoded.select(range(min(amount, len(encoded))))]
+    return [dict(row) for row in encoded.select(range(min(count, len(encoded))))]
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:

@@ -10,40 +10,31 @@ of rows at a time.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from jsonargparse import ArgumentParser
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data import encode, pack
-from runtime.adapter import load_adapter
-from runtime.adaptive import activate
 from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
+from runtime.ladder import open_ladder
 from runtime.loading import load_model, load_tokenizer
 from runtime.plan import RunPlan, plan_run
 
-from .command import command_line, quiet_libraries
-from .documents import Batch, Example, batches, check_context, load_split, positions_within
+from .compare.scorer import Scorer
+from .console import command_line, quiet_libraries
+from .documents import Example, check_context, load_split
 from .fit import EMBEDDED
-from .progress import with_progress
 
 ROWS = 8
 """Documents per forward, at most."""
-LOGITS_BYTES = 2**28
-"""Float32 logits of one forward take no more, unless one document alone does."""
 WHOLE = 2**31 - 1
 """Tokens to which documents are cut that are packed: not at all."""
-IGNORED = -100
-"""Target of a position that is not scored."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ def evaluate(
 
     Args:
         model: Folder or hub id of the base model.
-        adapter: PEFT LoRA folder or hub id.
+        adapter: PEFT LoRA folder, hub id or saved ladder.
         policy: Policy folder; without one every token gets the full adapter, or `rung`.
         budget: Mean adapter cost relative to the top rung, 0 to 1; default: the policy's own.
         rung: One fixed rank instead of a policy.
@@ -101,12 +92,12 @@ def evaluate(
         block_tokens: Tokens per forward of the second run; default: the policy's.
         dtype: float32, bfloat16, float16 or auto; what the model computes in.
     """
-    loaded = load_adapter(adapter)
+    ladder = open_ladder(adapter)
     network = load_model(model, dtype=dtype)
     fingerprint = None if policy is None else model_fingerprint(network)
-    plan = plan_run(loaded, policy=policy, budget=budget, rung=rung, model_fingerprint=fingerprint)
+    plan = plan_run(ladder, policy=policy, budget=budget, rung=rung, model_fingerprint=fingerprint)
     blocks = {1, plan.settings.block_tokens if block_tokens is None else block_tokens}
-    runs = {"no adapter": plan_run(loaded, rung=0), "full rank": plan_run(loaded)}
+    runs = {"no adapter": plan_run(ladder, rung=0), "full rank": plan_run(ladder)}
     runs |= {f"block {block}": with_block(plan, block) for block in sorted(blocks)}
     examples = load_examples(dataset, split, limit, max_tokens, network, load_tokenizer(model), seed)
     return [measure_perplexity(name, network, run, examples) for name, run in runs.items()]
@@ -141,47 +132,15 @@ def load_examples(
     return pack(encode(documents, tokenizer, max_tokens=WHOLE), max_tokens)
 
 
-@torch.no_grad()
 def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, examples: Sequence[Example]) -> Evaluation:
-    """Run `plan` over the documents, a batch at a time; only sums are kept."""
-    metric = Perplexity(ignore_index=IGNORED).to(model.device)
-    rung_rank = plan.ladder.mean_rank().to(model.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-    kv_bytes = kv_bytes_full = tokens = 0
-    seconds = 0.0
-    with activate(model, plan) as run:
-        made = batches(examples, ROWS, positions_within(model, LOGITS_BYTES))
-        for index, batch in with_progress(made, name, len(examples), lambda item: len(item[0])):
-            batch = batch.to(model.device)
-            started = time.perf_counter()
-            cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
-            logits = run.forward(batch.tokens, attention_mask=batch.real.long(), past_key_values=cache).logits
-            assert logits is not None, "a causal LM puts out logits"
-            # Reading a number waits for the device, so that the clock sees the whole forward.
-            tokens += int(batch.real.sum())
-            seconds += time.perf_counter() - started
-            metric.update(logits.float(), _targets(batch))
-            sums += _rank_sums(rung_rank[cache.stream.record()["active"]], batch)
-            kv_bytes += cache.kv_bytes()
-            kv_bytes_full += cache.kv_bytes_full()
-    rank, scored, prompt_rank, prompt = sums.tolist()
+    """Score `plan` on the documents, a batch at a time."""
+    scores = Scorer(model, plan.ladder, examples, ["perplexity"], ROWS).score(plan, name)
+    ranks = plan.rung_rank()[0].numpy()
     return Evaluation(
-        name, plan.settings.block_tokens, len(examples), "completion_mask" in examples[0], int(scored),
-        float(metric.compute()), rank / scored, prompt_rank / prompt if prompt else None, kv_bytes, kv_bytes_full,
-        1000 * seconds / tokens,
+        name, plan.settings.block_tokens, len(examples), "completion_mask" in examples[0], int(scores.tokens.sum()),
+        scores.value("perplexity"), scores.mean(ranks), scores.prompt_mean(ranks), scores.kv_bytes,
+        scores.kv_bytes_full, scores.ms_per_token,
     )  # fmt: skip
-
-
-def _targets(batch: Batch) -> Tensor:
-    """[B, T] long: the token that logits at t predict, IGNORED where that is none of the completion."""
-    return batch.tokens.roll(-1, 1).masked_fill(~batch.scored, IGNORED)
-
-
-def _rank_sums(rank: Tensor, batch: Batch) -> Tensor:
-    """[4] float64: rank [B, T] summed over scored positions, their count, and the same over prompt tokens."""
-    prompt = batch.real & (torch.arange(rank.shape[1], device=rank.device) < batch.prompt_tokens[:, None])
-    parts = [x for where in (batch.scored, prompt) for x in ((rank * where).sum(), where.sum())]
-    return torch.stack([part.double() for part in parts])
 
 
 def _table(found: Sequence[Evaluation]) -> Table:

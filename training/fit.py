@@ -10,7 +10,8 @@ import functools
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,27 @@ import lightning as L
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
-from policy.checkpoint import PolicyCheckpoint
-from policy.contract import RankPolicy
+from policy.checkpoint import Fingerprints, PolicyCheckpoint
 from policy.cost import LatencyTable
 from policy.files import write_whole
 from policy.settings import ChunkSettings, KVSettings, Settings, SignalSettings
-from runtime.adapter import load_adapter
 from runtime.command import one_line_errors
-from runtime.fingerprint import adapter_fingerprint, model_fingerprint
-from runtime.ladder import build_ladder
+from runtime.fingerprint import model_fingerprint
+from runtime.ladder import open_ladder, save_ladder
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
 
-from .command import command_line, is_first_process, quiet_libraries
-from .compare import Curve, Verdict, areas, judge, table
-from .documents import check_context, load_corpus
-from .latency import measure_latency
-from .pipeline import (
-    FitContext,
-    Targets,
-    collect_targets,
-    compare_policies,
-    describe_targets,
-    new_logger,
-    quiet_lightning,
-    train_policy,
-)
-from .report import log_report, write_report
-from .settings import FitSettings
+from .amounts import Amounts
+from .compare.latency import measure_latency
+from .compare.tradeoff import log_report, write_report
+from .compare.verdict import Verdict, areas, judge, table
+from .console import command_line, is_first_process, quiet_libraries
+from .documents import check_context
+from .learn.train import new_logger, quiet_lightning
+from .pipeline import Comparison, collect_targets, compare_policies, open_tasks, train_policy
+from .targets.paths import Calibrated
+from .task import AdapterTask, FitContext, common_rungs, rung_rank, task_cost
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints"
 LIBRARIES = ("torch", "lightning", "transformers", "datasets", "scikit-learn", "safetensors", "tensorboard")
@@ -54,15 +48,15 @@ LIBRARIES = ("torch", "lightning", "transformers", "datasets", "scikit-learn", "
 
 def fit(
     model: str = str(EMBEDDED / "base"),
-    adapter: str = str(EMBEDDED / "adapter"),
-    dataset: str = str(EMBEDDED / "text"),
+    adapter: str | list[str] = str(EMBEDDED / "adapter"),
+    dataset: str | list[str] = str(EMBEDDED / "text"),
     output: str | None = None,
     seed: int = 0,
     dtype: str = "float32",
     rungs: list[int] | None = None,
     block_tokens: int = 32,
     fade_tokens: int = 1,
-    amounts: FitSettings = FitSettings(),  # noqa: B008  frozen
+    amounts: Amounts = Amounts(),  # noqa: B008  frozen
     signals: SignalSettings = SignalSettings(),  # noqa: B008
     chunk: ChunkSettings = ChunkSettings(),  # noqa: B008
     kv: KVSettings = KVSettings(),  # noqa: B008
@@ -72,8 +66,9 @@ def fit(
 
     Args:
         model: Folder or hub id of the base model.
-        adapter: PEFT LoRA folder or hub id.
-        dataset: Folder with train/validation/test .jsonl[.xz], a file, a built-in name or any `datasets` name.
+        adapter: PEFT LoRA folder, hub id or saved ladder; several make one policy that all of them share.
+        dataset: Folder with train/validation/test .jsonl[.xz], a file, a built-in name or any `datasets` name; one for
+            each adapter, or one for all.
         output: Folder for everything this writes; default runs/NAME-OF-ADAPTER.
         seed: Everything random is drawn from it.
         dtype: float32, bfloat16, float16 or auto; what the model computes in.
@@ -81,86 +76,62 @@ def fit(
         block_tokens: Tokens per forward pass of prefill.
         fade_tokens: Cross-fade length: 1, 4, 8 or 16.
         amounts: How many documents, epochs, rounds; grids.
-        signals: How the four signals are measured.
+        signals: How the signals are measured.
         chunk: When chunks close; thresholds are set from the data.
         kv: What becomes of old KV pages; the threshold is set from the data.
         trainer: Arguments of lightning's Trainer (--trainer.devices 2, --trainer.accelerator cpu, ...).
     """
     started = time.time()
-    say = _say
     torch.set_float32_matmul_precision("highest")
     L.seed_everything(seed, verbose=False)
-    folder = Path(output or Path("runs") / _run_name(adapter))
+    adapters, datasets = _pairs(adapter, dataset)
+    folder = Path(output or Path("runs") / _run_name(adapters))
     _check_folder(folder)
-    loaded_adapter = load_adapter(adapter)
-    ladder = build_ladder(loaded_adapter, rungs)
-    if len(ladder.rungs) < 2:
-        raise ValueError(f"rungs: expected at least two to choose between, got {list(ladder.rungs)}; add lower ones")
+    settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv)
+    ladders = [open_ladder(name, rungs) for name in adapters]
     network = load_model(model, dtype=dtype, device=_device(trainer))
     check_context(network, amounts.max_tokens, "amounts.max_tokens")
-    corpus = load_corpus(dataset, load_tokenizer(model), amounts, seed)
-    settings = Settings(
-        ladder.rungs, block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv
-    )
-    fingerprints = {"model": model_fingerprint(network), "adapter": adapter_fingerprint(loaded_adapter)}
-    identity = {**fingerprints, "dtype": str(network.dtype), "rungs": list(ladder.rungs), "kind": ladder.kind}
-    if corpus.leaked:
-        say(f"left out {corpus.leaked} validation and test documents whose text is in an earlier split")
-    say(
-        f"{len(corpus.train)} train, {len(corpus.validation)} validation, {len(corpus.test)} test documents; "
-        f"rungs {ladder.rungs}; output {folder}"
-    )
     context = FitContext(
-        model=network, ladder=ladder, corpus=corpus, fit=amounts, seed=seed, root=folder, identity=identity,
-        make_trainer=functools.partial(_make_trainer, folder, trainer or {}), progress=say, device=network.device,
+        model=network, model_fingerprint=model_fingerprint(network), amounts=amounts, seed=seed, root=folder,
+        make_trainer=functools.partial(_make_trainer, folder, trainer or {}), say=_say,
     )  # fmt: skip
-    # Hooking the model up once refuses an adapter of another model before anything is written.
-    with context.running(None, settings):
-        pass
-    latency = _latency(folder, context)
-    targets = collect_targets(context, settings)
-    learned = train_policy(context, targets, latency)
-    curves, fixed = compare_policies(context, targets, learned)
-    verdict = judge(curves, ladder.rungs, context.rung_rank, resamples=amounts.bootstrap, seed=seed)
-    candidates = {
-        policy.kind: _checkpoint(context, targets, policy, curves, verdict, latency, fingerprints)
-        for policy in (learned, fixed)
-    }
-    checkpoint = candidates[verdict.exported]
+    tasks = open_tasks(adapters, ladders, datasets, load_tokenizer(model), amounts, seed)
+    _introduce(context, tasks)
+
+    latency = _latency(context, tasks[0])
+    tasks, calibrated = collect_targets(context, tasks, settings)
+    learned = train_policy(context, tasks, calibrated, latency)
+    comparison = compare_policies(context, tasks, calibrated, learned)
+    ranks = rung_rank(tasks)
+    verdict = judge(comparison.curves, common_rungs(tasks), ranks, resamples=amounts.bootstrap, seed=seed)
+    checkpoints = _checkpoints(context, tasks, calibrated, comparison, verdict, latency)
+
     summary = {
         "model": str(model),
-        "adapter": str(adapter),
-        "dataset": str(dataset),
-        "ladder": {"kind": ladder.kind, "tail_energy": [round(e, 6) for e in ladder.tail_energy().tolist()]},
-        "rungs": list(ladder.rungs),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "adapter": adapters[0] if len(adapters) == 1 else adapters,
+        "dataset": datasets[0] if len(tasks) == 1 else datasets,
         "seed": seed,
-        "documents": {name: len(getattr(corpus, name)) for name in ("train", "validation", "test")},
-        "scored_test_tokens": int(curves["fixed"].points[0].scores.tokens.sum()),
-        **describe_targets(targets),
+        "versions": {name: version(name) for name in LIBRARIES},
+        **_describe(tasks, comparison),
+        **calibrated.describe(),
         "latency": {**asdict(latency), "resolved": latency.resolved},
-        "policies": {name: curve.config for name, curve in curves.items() if curve.config},
-        "curves": table(curves, context.rung_rank, np.array(latency.ms)),
-        "area": areas(curves, context.rung_rank),
-        "compared_at": list(verdict.ranks),
-        "kl_at": verdict.kl,
-        "headroom": {"nats": verdict.headroom, "interval_95": list(verdict.headroom_interval)},
-        "captured": {"share": verdict.captured, "interval_95": verdict.captured_interval},
-        "gain_over_fixed": {"nats": verdict.gain, "interval_95": list(verdict.gain_interval)},
-        "exported": verdict.exported,
-        "reason": verdict.reason,
-        "operating_point": _operating_point(curves, checkpoint, context, latency),
+        "curves": table(comparison.curves, ranks, np.array(latency.ms)),
+        "area": areas(comparison.curves, ranks),
+        **verdict.describe(),
+        "operating_point": _operating_point(comparison, checkpoints[verdict.exported], ranks, latency),
         "seconds": round(time.time() - started, 1),
     }
     if not is_first_process():  # every process measured the same; one writes it down
         return summary
-    candidates["learned"].save(folder / "learned")  # also when it is not the one to serve: to look at
-    checkpoint.save(folder / "policy")
+    checkpoints["learned"].save(folder / "learned")  # also when it is not the one to serve: to look at
+    checkpoints[verdict.exported].save(folder / "policy")
+    for number, task in enumerate(tasks):
+        save_ladder(task.ladder, folder / ("ladder" if len(tasks) == 1 else f"ladder-{number}"))
     figure = write_report(folder, summary)
     # TensorBoard shows the first five by name; what is rarely changed sorts behind as settings.*.
     params = {
-        "adapter": _tail(adapter), "block_tokens": block_tokens, "dataset": _tail(dataset), "fade_tokens": fade_tokens,
-        "model": _tail(model), "rungs": list(ladder.rungs), "seed": seed,
+        "adapter": _tail(adapters[0]), "block_tokens": block_tokens, "dataset": _tail(datasets[0]),
+        "fade_tokens": fade_tokens, "model": _tail(model), "rungs": list(common_rungs(tasks)), "seed": seed,
         "settings": {
             "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(signals), "chunk": asdict(chunk),
             "kv": asdict(kv),
@@ -169,6 +140,33 @@ def fit(
     log_report(new_logger(folder, "", fresh=True), figure, summary, params)
     _print_verdict(summary, folder)
     return summary
+
+
+def _pairs(adapter: str | list[str], dataset: str | list[str]) -> tuple[list[str], list[str]]:
+    """Adapters and the dataset of each. Raises ValueError when they do not pair up."""
+    adapters = [adapter] if isinstance(adapter, str) else list(adapter)
+    datasets = [dataset] if isinstance(dataset, str) else list(dataset)
+    datasets = datasets * len(adapters) if len(datasets) == 1 else datasets
+    if not adapters or len(datasets) != len(adapters):
+        raise ValueError(
+            f"dataset: expected one for all adapters or one for each, got {len(datasets)} for {len(adapters)}"
+        )
+    return adapters, datasets
+
+
+def _introduce(context: FitContext, tasks: Sequence[AdapterTask]) -> None:
+    """Say what there is to do; refuses an adapter of another model before anything is written."""
+    common_rungs(tasks)
+    for task in tasks:
+        with context.full_rank(task):
+            pass
+        corpus = task.corpus
+        if corpus.leaked:
+            context.say(f"left out {corpus.leaked} validation and test documents whose text is in an earlier split")
+        context.say(
+            f"{len(corpus.train)} train, {len(corpus.validation)} validation, {len(corpus.test)} test documents; "
+            f"rungs {task.ladder.rungs}; output {context.root}"
+        )
 
 
 def _say(message: str) -> None:
@@ -191,10 +189,11 @@ def _check_folder(folder: Path) -> None:
             raise FileExistsError(f"output: expected a folder, got the file {path}; choose another path")
 
 
-def _run_name(adapter: str) -> str:
+def _run_name(adapters: Sequence[str]) -> str:
     # The embedded adapter's folder is called just `adapter`.
-    path = Path(adapter)
-    return "embedded" if path.resolve() == (EMBEDDED / "adapter").resolve() else path.name
+    paths = [Path(adapter) for adapter in adapters]
+    names = ["embedded" if path.resolve() == (EMBEDDED / "adapter").resolve() else path.name for path in paths]
+    return "+".join(names)
 
 
 def _make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.Trainer:
@@ -203,57 +202,74 @@ def _make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.
     return L.Trainer(**{**quiet, **progress, **options, **arguments})
 
 
-def _latency(folder: Path, context: FitContext) -> LatencyTable:
+def _latency(context: FitContext, task: AdapterTask) -> LatencyTable:
     """The measured table; a resumed run of the same fit on the same device keeps it, so its curves stay the same."""
-    path = folder / "latency.json"
-    key = {**context.identity, "device": device_name(context.device)}
+    path = context.root / "latency.json"
+    key = {**context.identity(task), "device": device_name(context.model.device)}
     if path.is_file():
         record = json.loads(path.read_text())
         if record["key"] == key:
             return LatencyTable(**record["table"])
-    measured = measure_latency(context.model, context.ladder)
-    folder.mkdir(parents=True, exist_ok=True)
+    measured = measure_latency(context.model, task.ladder)
+    context.root.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"key": key, "table": asdict(measured)}).encode())
     return measured
 
 
-def _checkpoint(
-    context: FitContext, targets: Targets, policy: RankPolicy, curves: dict[str, Curve], verdict: Verdict,
-    latency: LatencyTable, fingerprints: dict[str, str],
-) -> PolicyCheckpoint:  # fmt: skip
-    """A policy to serve, at the budget of the rung nearest to half of the top one's bytes."""
-    cost = context.cost
-    middle = int((cost - 0.5).abs().argmin())
-    policy.settings = replace(targets.settings, start_rung=middle)
-    return PolicyCheckpoint(
-        policy=policy,
-        curve=curves[policy.kind].knob_curve,
-        cost=tuple(cost.tolist()),
-        fingerprints={**fingerprints, "ladder": None, "shared": False},  # type: ignore[typeddict-item]
-        default_budget=float(cost[middle]),
-        latency=latency,
-        metrics={
-            "headroom": verdict.headroom,
-            "captured": verdict.captured,
-            "captured_interval_95": verdict.captured_interval,
-            "compared_at": list(verdict.ranks),
-            "kl_at": verdict.kl,
-            "exported": verdict.exported,
-        },
+def _checkpoints(
+    context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, comparison: Comparison,
+    verdict: Verdict, latency: LatencyTable,
+) -> dict[str, PolicyCheckpoint]:  # fmt: skip
+    """The policies to choose from, each with its own knob curve, at the budget nearest to half of the top's bytes."""
+    cost = task_cost(tasks)
+    ladder = tasks[0].ladder
+    prints = Fingerprints(
+        model=context.model_fingerprint, adapter=ladder.adapter, ladder=ladder.fingerprint, shared=len(tasks) > 1
     )
+    return {
+        name: PolicyCheckpoint(
+            policy=policy,
+            settings=calibrated.settings,
+            curve=comparison.curves[name].knob_curve,
+            cost=tuple(cost.tolist()),
+            fingerprints=prints,
+            default_budget=float(cost[_middle(cost)]),
+            latency=latency,
+            metrics=verdict.metrics(),
+        )
+        for name, policy in comparison.candidates.items()
+    }
+
+
+def _middle(cost: Tensor) -> int:
+    """Index of the rung that costs about half of the top one."""
+    return int((cost - 0.5).abs().argmin())
+
+
+def _describe(tasks: Sequence[AdapterTask], comparison: Comparison) -> dict[str, Any]:
+    """Ladder, documents and policies, for the summary."""
+    ladder, curves = tasks[0].ladder, comparison.curves
+    parts = ("train", "validation", "test")
+    return {
+        "ladder": {"kind": ladder.kind, "tail_energy": [round(e, 6) for e in ladder.tail_energy().tolist()]},
+        "rungs": list(ladder.rungs),
+        "documents": {name: sum(len(getattr(task.corpus, name)) for task in tasks) for name in parts},
+        "scored_test_tokens": int(curves["fixed"].points[0].scores.tokens.sum()),
+        "policies": {name: curve.config for name, curve in curves.items() if curve.config},
+    }
 
 
 def _operating_point(
-    curves: dict[str, Curve], checkpoint: PolicyCheckpoint, context: FitContext, latency: LatencyTable
+    comparison: Comparison, checkpoint: PolicyCheckpoint, ranks: np.ndarray, latency: LatencyTable
 ) -> dict[str, float]:
     """KL and milliseconds of the exported policy at its default budget."""
-    middle = checkpoint.policy.settings.start_rung
-    scores = curves[checkpoint.policy.kind].points[middle].scores
+    middle = _middle(torch.tensor(checkpoint.cost))
+    scores = comparison.curves[checkpoint.policy.kind].points[middle].scores
     return {
         "budget": checkpoint.default_budget,
-        "mean_rank": scores.mean_rank(context.rung_rank),
-        "kl": scores.mean_kl(),
-        "latency_ms": float((scores.rungs @ np.array(latency.ms)).sum() / scores.tokens.sum()),
+        "mean_rank": scores.mean(ranks),
+        "kl": scores.value("kl"),
+        "latency_ms": scores.mean(np.array(latency.ms)),
     }
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from policy.files import new_folder
 
-from ..adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from ..ladder import Ladder
+from ..ladder.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 
 
 def export_rung(

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policy.checkpoint import PolicyCheckpoint
 
-from ..adapter import Adapter
-from ..adaptive import AdaptiveRun, adaptive, generation_option
-from ..loading import load_model, load_tokenizer
-from ..stream import ChunkTrace
+from ..control.record import ChunkTrace
+from ..loading import context_limit, load_model, load_tokenizer
+from ..plan import AdapterSource
+from ..reference.adaptive import AdaptiveRun, adaptive, end_tokens, generation_option
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Generation:
     """New tokens of every row, the end-of-sequence token included."""
     mean_rank: float
     """Byte-weighted mean active rank over the new tokens that went through the model; nan for a single new token."""
+    row_mean_rank: list[float]
+    """The same, row by row."""
     prompt_mean_rank: float
     """The same over the prompt."""
     kv_bytes: int
@@ -49,13 +51,13 @@ class Generation:
 
 def generate(
     model: str | Path | PreTrainedModel,
-    adapter: str | Path | Adapter,
+    adapter: AdapterSource | Sequence[AdapterSource],
     prompts: str | Sequence[str] | Tensor,
     *,
     policy: str | Path | PolicyCheckpoint | None = None,
-    budget: float | None = None,
+    budget: float | Sequence[float] | None = None,
     latency_budget_ms: float | None = None,
-    rung: int | None = None,
+    rung: int | Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     return_trace: bool = False,
@@ -63,10 +65,12 @@ def generate(
 ) -> Generation:
     """Complete `prompts` with `adapter` on `model` at the ranks that `policy` chooses.
 
-    `model` is a path, a hub id or a loaded model; `prompts` one text, several, or token ids [B, T] (then without a
-    mask every column is a token; pass `attention_mask` for padded ones). `budget` in [0, 1] is the mean adapter cost
-    relative to the top rung; 1.0, or no policy, is the full adapter with full-precision KV. `latency_budget_ms` works
-    where the policy has a latency table. `rung` serves one fixed rank. All else goes to transformers' `generate`.
+    `adapter` is a PEFT folder, a hub id or a saved ladder; `adapter`, `budget` and `rung` may be lists, one entry per
+    prompt: every row of the batch then gets what it would get alone. `model` is a path, a hub id or a loaded model;
+    `prompts` one text, several, or token ids [B, T] (then without a mask every column is a token; pass
+    `attention_mask` for padded ones). `budget` in [0, 1] is the mean adapter cost relative to the top rung; 1.0, or no
+    policy, is the full adapter with full-precision KV. `latency_budget_ms` works where the policy has a latency table.
+    `rung` serves one fixed rank. All else goes to transformers' `generate`.
 
     Raises FileNotFoundError for a wrong path and ValueError, one line each, for input that does not fit together.
     """
@@ -78,7 +82,10 @@ def generate(
     _check_length(inputs["attention_mask"], model, generation_kwargs)
     if generation_kwargs.get("stop_strings") is not None:
         generation_kwargs["tokenizer"] = tokenizer
-    chosen = adaptive(model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung)
+    chosen = adaptive(
+        model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
+        keep_record=return_trace,
+    )  # fmt: skip
     with chosen as run:
         output = model.generate(**inputs, **generation_kwargs)  # type: ignore[operator]  # a method of a mixin
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -115,7 +122,7 @@ def _inputs(
 
 
 def _check_length(attention_mask: Tensor, model: PreTrainedModel, generation_kwargs: dict[str, Any]) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_limit(model)
     prompt = int(attention_mask.sum(1).max())
     new = generation_option(model, generation_kwargs, "max_new_tokens") or 0
     if limit is not None and prompt + new > limit:
@@ -127,8 +134,7 @@ def _check_length(attention_mask: Tensor, model: PreTrainedModel, generation_kwa
 
 def _new_tokens(new: Tensor, model: PreTrainedModel, generation_kwargs: dict[str, Any]) -> list[int]:
     """How many tokens of every row count: up to and with its first end-of-sequence token, without padding behind."""
-    ends = generation_option(model, generation_kwargs, "eos_token_id")
-    ends = set(ends.tolist() if isinstance(ends, Tensor) else ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(model, generation_kwargs)
     pad = generation_option(model, generation_kwargs, "pad_token_id")
     counts = []
     for row in new.tolist():
@@ -155,12 +161,13 @@ def _collect(
     prompts = inputs["attention_mask"].sum(1).repeat_interleave(copies).tolist()
     # The last new token never went through the model.
     lengths = [prompt + max(count - 1, 0) for prompt, count in zip(prompts, tokens, strict=True)]
-    mean_rank, prompt_mean_rank = run.mean_rank(lengths)
+    mean_rank, prompt_mean_rank = run.mean_rank()
     texts = [
         str(tokenizer.decode(row[:count], skip_special_tokens=True)) if tokenizer is not None else ""
         for row, count in zip(new, tokens, strict=True)
     ]
     trace = [run.trace(row, length) for row, length in enumerate(lengths)] if return_trace else None
     return Generation(
-        texts, sequences, tokens, mean_rank, prompt_mean_rank, cache.kv_bytes(), cache.kv_bytes_full(), trace
-    )
+        texts, sequences, tokens, mean_rank, run.row_mean_rank(), prompt_mean_rank, cache.kv_bytes(),
+        cache.kv_bytes_full(), trace,
+    )  # fmt: skip

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description="Complete a prompt with a LoRA adapter at the ranks a policy chooses.",
     )
     p.add_argument("--model", required=True, help="folder or hub id of the base model")
-    p.add_argument("--adapter", required=True, help="PEFT LoRA folder or hub id")
+    p.add_argument("--adapter", required=True, help="PEFT LoRA folder, hub id or saved ladder")
     p.add_argument("--policy", help="policy folder; without one every token gets the full adapter")
     p.add_argument("--prompt", required=True)
     p.add_argument("--max-new-tokens", type=int, default=128)

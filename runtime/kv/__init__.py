@@ -1,6 +1,5 @@
-"""KV cache of 16-token pages, each in a format that fits how hard its text is; see `cache` for the flow of a pass."""
+"""How a page of keys and values is stored: `formats` is the specification, whichever path runs."""
 
-from runtime.kv.cache import PagedCache
-from runtime.kv.formats import FORMATS
+from .formats import FORMATS
 
-__all__ = ["FORMATS", "PagedCache"]
+__all__ = ["FORMATS"]

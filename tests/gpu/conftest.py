@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from policy.fixed import FixedPolicy
+from policy.operating import Operating
 from policy.settings import FULL_KV, KVSettings, Settings
 from runtime import build_ladder, load_adapter
 from runtime.ladder import Ladder
@@ -39,8 +40,8 @@ def fixed_plan(ladder) -> Callable[..., RunPlan]:
 
     def plan(rung: int = RANK, kv: KVSettings = FULL_KV, **options) -> RunPlan:
         index = ladder.rung_index(rung)
-        settings = Settings(ladder.rungs, **({"start_rung": index, "fade_tokens": 1, "kv": kv} | options))
-        return RunPlan(ladder, FixedPolicy(settings), settings, float(index))
+        settings = Settings(**({"fade_tokens": 1, "kv": kv} | options))
+        return RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(index), index, kv))
 
     return plan
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from policy import FixedPolicy, LearnedPolicy, PercentilePolicy, RandomPolicy
+from policy import FixedPolicy, LearnedPolicy, Operating, PercentilePolicy, RandomPolicy
 from policy.settings import SIGNALS, STATS, ChunkSettings, Settings
-from runtime.adaptive import activate
 from runtime.plan import RunPlan
+from runtime.reference.adaptive import activate
 
 pytestmark = pytest.mark.gpu
 
@@ -17,23 +17,24 @@ SPREAD = 2.3
 
 def run_record(model, plan, ids):
     """What the stream decided for `ids`, on the host, and the page formats."""
-    with activate(model, plan) as run:
+    with activate(model, plan, keep_record=True) as run:
         model(input_ids=ids)
-        record = {name: value.cpu() for name, value in run.last.stream.record().items()}
-        return record | {"formats": run.last.page_formats(), "complexity": run.last.stream.complexity.cpu()}
+        record = {name: value.cpu() for name, value in run.last.stream.columns().items()}
+        return record | {"formats": run.last.page_formats()}
 
 
 def percentile_plan(ladder, model, ids, signal):
     """A percentile policy calibrated on this very text, so that every rung of its band is used."""
-    settings = Settings(ladder.rungs, block_tokens=8, chunk=ChunkSettings(min_tokens=2, max_tokens=8))
-    knob = (len(ladder.rungs) - 1) / 2
-    first = RunPlan(ladder, FixedPolicy(settings), settings, float(settings.start_rung))
+    settings = Settings(block_tokens=8, chunk=ChunkSettings(min_tokens=2, max_tokens=8))
+    top = len(ladder.rungs) - 1
+    knob = top / 2
+    first = RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(top), top))
     record = run_record(model, first, ids)
     known = record["opens"] & record["held_valid"].all(-1)
     means = record["held"][..., STATS.index("mean")][known]
     values = means.mean(-1) if signal == "complexity" else means[:, SIGNALS.index(signal)]
-    policy = PercentilePolicy.calibrate(values, settings, signal, spread=SPREAD)
-    return RunPlan(ladder, policy, settings, knob)
+    policy = PercentilePolicy.calibrate(values, ladder.rungs, signal, spread=SPREAD)
+    return RunPlan((ladder,), policy, settings, Operating.at(knob, top, settings.kv))
 
 
 @pytest.mark.parametrize("signal", ["entropy", "attention", "complexity"])
@@ -51,8 +52,8 @@ def test_decisions_equal_those_of_the_cpu(tiny_llama_factory, ladder, random_ids
 
 POLICIES = {
     "fixed": FixedPolicy,
-    "percentile": lambda settings: PercentilePolicy(settings, "complexity"),
-    "random": lambda settings: RandomPolicy(settings, seed=0),
+    "percentile": lambda rungs: PercentilePolicy(rungs, "complexity"),
+    "random": lambda rungs: RandomPolicy(rungs, seed=0),
     "learned": LearnedPolicy,
 }
 
@@ -60,11 +61,12 @@ POLICIES = {
 @pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_from_the_host_serves_a_model_on_the_gpu(tiny_llama_factory, ladder, random_ids, device, kind, dtype):
-    settings = Settings(ladder.rungs, block_tokens=8)
-    policy = POLICIES[kind](settings)
+    settings = Settings(block_tokens=8)
+    policy = POLICIES[kind](ladder.rungs)
     knob = sum(policy.knob_range()) / 2
     model, ids = tiny_llama_factory().to(device, dtype), random_ids(2, 40)
-    with activate(model, RunPlan(ladder, policy, settings, knob)) as run:
+    operating = Operating.at(knob, 3, settings.kv)
+    with activate(model, RunPlan((ladder,), policy, settings, operating), keep_record=True) as run:
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         trace = run.trace(0, 40)
         response, prompt = run.mean_rank()
@@ -76,13 +78,14 @@ def test_policy_from_the_host_serves_a_model_on_the_gpu(tiny_llama_factory, ladd
 
 def test_prefill_in_blocks_of_one_decides_as_decode_does(tiny_llama_factory, ladder, random_ids, device):
     model, ids = tiny_llama_factory().to(device), random_ids(1, 64)
-    settings = Settings(ladder.rungs, block_tokens=1)
-    plan = RunPlan(ladder, PercentilePolicy(settings, "complexity", spread=SPREAD), settings, 1.5)
+    settings = Settings(block_tokens=1)
+    policy = PercentilePolicy(ladder.rungs, "complexity", spread=SPREAD)
+    plan = RunPlan((ladder,), policy, settings, Operating.at(1.5, 3, settings.kv))
     blocks = run_record(model, plan, ids)
-    with activate(model, plan) as run:
+    with activate(model, plan, keep_record=True) as run:
         cache = run.new_cache(1)
         for step in range(ids.shape[1]):
             model(input_ids=ids[:, step : step + 1], past_key_values=cache)
-        steps = {name: value.cpu() for name, value in cache.stream.record().items()}
+        steps = {name: value.cpu() for name, value in cache.stream.columns().items()}
     for name in ("opens", "rung", "active"):
         assert torch.equal(blocks[name], steps[name]), name

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from policy.settings import FULL_KV, PAGE_TOKENS, KVSettings
-from runtime.adaptive import activate
+from runtime.reference.adaptive import activate
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 def generate(model, plan, ids):
     """New tokens, the cache they filled, and the trace of row 0."""
-    with activate(model, plan) as run:
+    with activate(model, plan, keep_record=True) as run:
         options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         return out[:, ids.shape[1] :], run.last, run.trace(0, SEEN)
@@ -66,7 +66,8 @@ def test_full_pages_equal_the_default_run(tiny_llama_factory, fixed_plan, random
 def test_mixed_pages(tiny_llama_factory, fixed_plan, random_ids, device, dtype):
     model, ids = tiny_llama_factory().to(device, DTYPES[dtype]), random_ids(1, PROMPT)
     _, full, _ = generate(model, fixed_plan(block_tokens=32), ids)
-    pages = full.stream.complexity[0, : SEEN // PAGE_TOKENS * PAGE_TOKENS].view(-1, PAGE_TOKENS).mean(1)
+    complexity = full.stream.columns()["complexity"]
+    pages = complexity[0, : SEEN // PAGE_TOKENS * PAGE_TOKENS].view(-1, PAGE_TOKENS).mean(1)
     kv = KVSettings("int8", "int4", threshold=float(pages[1:-3].median()), window_tokens=WINDOW)
     _, cache, trace = generate(model, fixed_plan(kv=kv, block_tokens=32), ids)
     assert set(page_names(trace)) == {dtype, "int8", "int4"}

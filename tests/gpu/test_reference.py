@@ -6,8 +6,9 @@ import lzma
 import pytest
 import torch
 
+from policy import Operating
 from runtime import adaptive, export_rung, generate, load_tokenizer
-from runtime.adaptive import activate
+from runtime.reference.adaptive import activate
 
 pytestmark = pytest.mark.gpu
 
@@ -100,9 +101,11 @@ def test_rows_at_different_rungs_equal_rows_alone(tiny_llama_factory, fixed_plan
     knobs = torch.tensor([0.0, 2.0, 3.0])
     # the rung changes after the first block, and fades
     with activate(model, fixed_plan(block_tokens=8, fade_tokens=4)) as run:
-        together = model(input_ids=ids, past_key_values=run.new_cache(3, knob=knobs)).logits
+        together = model(input_ids=ids, past_key_values=run.new_cache(3, operating=Operating.at(knobs, 3))).logits
         for row, knob in enumerate(knobs):
-            alone = model(input_ids=ids[row : row + 1], past_key_values=run.new_cache(1, knob=float(knob))).logits
+            alone = model(
+                input_ids=ids[row : row + 1], past_key_values=run.new_cache(1, operating=Operating.at(float(knob), 3))
+            ).logits
             torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from policy.operating import KVRows
 from policy.settings import PAGE_TOKENS, KVSettings
-from runtime.kv import FORMATS, PagedCache
+from runtime.kv import FORMATS
+from runtime.reference.pages import PagedCache
 
 CODE_MAX = {"int8": 127, "int4": 7, "sparse": 127}
 # Every finite non-negative bf16 number, ascending.
@@ -54,7 +56,8 @@ def naive_kept(mass: list[float], keep: int) -> list[int]:
 class Feed:
     """Feeds random states to a cache and remembers all of them, to say what the cache must return."""
 
-    kv: KVSettings
+    kv: KVSettings | list[KVSettings]
+    """Of every row, or one for all of them."""
     rows: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -64,7 +67,8 @@ class Feed:
     cache: PagedCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cache = PagedCache(self.kv)
+        self.by_row = self.kv if isinstance(self.kv, list) else [self.kv] * self.rows
+        self.cache = PagedCache(KVRows.of(self.by_row))
         self.rng = torch.Generator().manual_seed(self.seed)
         self.states = [
             [
@@ -93,6 +97,7 @@ class Feed:
         for row, (count, length) in enumerate(zip(counts, self.lengths, strict=True)):
             positions[row, width - count :] = torch.arange(length, length + count)
         self.cache.begin(positions.to(self.device))
+        self.positions = positions
         returned = []
         for layer, (heads, key_width, value_width) in enumerate(self.shapes):
             keys, values = (
@@ -121,14 +126,15 @@ class Feed:
         self.mass = torch.nn.functional.pad(self.mass, (0, slots - self.mass.shape[1])) + mass
         self.cache.add_attention_mass(mass.to(self.device))
         before = self.cache.page_formats()
-        self.cache.settle(self.complexity.to(self.device))
+        fresh = self.complexity.gather(1, self.positions.clamp(min=0))
+        self.cache.settle(fresh.to(self.device), self.positions.to(self.device))
         self.frozen_mass = getattr(self, "frozen_mass", {})
         for row, page in (before != self.cache.page_formats()).nonzero().tolist():
             at = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
             self.frozen_mass[row, page] = self.mass[row, at].tolist()
 
     def kept(self, row: int, page: int) -> list[int]:
-        return naive_kept(self.frozen_mass[row, page], self.kv.sparse_keep)
+        return naive_kept(self.frozen_mass[row, page], self.by_row[row].sparse_keep)
 
     def expected(self, layer: int) -> tuple[Tensor, Tensor]:
         """What the layer's update must return: [B, H, S, D] keys and values, by the page formats before this pass."""

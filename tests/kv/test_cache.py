@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy.operating import KVRows
 from policy.settings import FULL_KV, PAGE_ACTIONS, KVSettings
-from runtime.kv import FORMATS, PagedCache
+from runtime.kv import FORMATS
+from runtime.reference.pages import PagedCache
 from tests.kv.naive import Feed
 
 # Ragged passes: blocks with padding, single tokens, rows that rest, rows that start late.
@@ -56,15 +58,34 @@ def test_formats_are_set_once_and_only_outside_sinks_and_window(passes, sinks, w
 def test_threshold_itself_is_hard():
     feed = Feed(KVSettings(hard="int8", easy="dropped", threshold=0.5, sink_pages=0, window_tokens=0), rows=1)
     feed.append([32])
-    feed.cache.settle(torch.cat((torch.full((1, 16), 0.5), torch.full((1, 16), 0.49)), 1))
+    feed.cache.settle(torch.cat((torch.full((1, 16), 0.5), torch.full((1, 16), 0.49)), 1), feed.positions)
     assert [FORMATS[code] for code in feed.cache.page_formats()[0]] == ["int8", "dropped"]
 
 
-def test_rows_of_a_batch_equal_runs_of_their_own(device):
-    kv = KVSettings(window_tokens=16)
-    batch = Feed(kv, rows=3, device=device)
-    alone = [PagedCache(kv) for _ in range(3)]
-    for counts in PASSES:
+MIXED_ROWS = [
+    KVSettings("full", "full", threshold=0.0),
+    KVSettings(window_tokens=20),
+    KVSettings("sparse", "dropped", sink_pages=0, window_tokens=16),
+    KVSettings("int4", "sparse", threshold=0.4, sink_pages=2, window_tokens=0),
+]
+# Rows of 94, 110, 124 and 97 tokens: long enough for pages of every row to leave its window.
+MIXED_PASSES = [
+    [40, 16, 0, 9],
+    [0, 31, 50, 1],
+    [1, 1, 1, 1],
+    [17, 0, 35, 40],
+    [32, 32, 32, 16],
+    [1, 0, 1, 0],
+    [3, 30, 5, 30],
+]
+
+
+@pytest.mark.parametrize("rows", [[KVSettings(window_tokens=16)] * 4, MIXED_ROWS], ids=["alike", "each its own policy"])
+@pytest.mark.usefixtures("poisoned")
+def test_rows_of_a_batch_equal_runs_of_their_own(rows, device):
+    batch = Feed(rows, rows=4, device=device)
+    alone, given = [PagedCache(KVRows.of([kv])) for kv in rows], [torch.zeros(0) for _ in rows]
+    for counts in MIXED_PASSES:
         starts = batch.lengths
         together = batch.append(counts)
         batch.settle()
@@ -72,15 +93,50 @@ def test_rows_of_a_batch_equal_runs_of_their_own(device):
             if count == 0:
                 continue
             end = starts[row] + count
-            alone[row].begin(torch.arange(starts[row], end)[None].to(device))
+            positions = torch.arange(starts[row], end)[None].to(device)
+            alone[row].begin(positions)
             for layer, states in enumerate(batch.states):
                 pair = (x[None, :, starts[row] :].to(device) for x in states[row])
                 keys, values = alone[row].update(*pair, layer)
                 assert torch.equal(keys[0, :, :end].cpu(), together[layer][0][row, :, :end])
                 assert torch.equal(values[0, :, :end].cpu(), together[layer][1][row, :, :end])
             slots = alone[row].visible().shape[1]
-            alone[row].settle(batch.complexity[row : row + 1, :slots].to(device))
-            assert torch.equal(alone[row].page_formats()[0], batch.cache.page_formats()[row, : slots // 16])
+            mass = batch.mass[row, :slots]
+            alone[row].add_attention_mass(
+                (mass - torch.nn.functional.pad(given[row], (0, slots - len(given[row]))))[None].to(device)
+            )
+            given[row] = mass
+            alone[row].settle(batch.complexity[row : row + 1, starts[row] : end].to(device), positions)
+            pages = alone[row].page_formats()[0]
+            assert torch.equal(pages, batch.cache.page_formats()[row, : len(pages)])
+            assert torch.equal(alone[row].visible()[0].cpu(), batch.cache.visible()[row, :slots].cpu())
+    formats = batch.cache.page_formats().tolist()
+    for kv in rows:
+        reached = {FORMATS[code] for row, own in zip(formats, rows, strict=True) if own == kv for code in row}
+        assert reached - {"none"} == {"full", kv.hard, kv.easy}, "every format that a row may have must be compared"
+    assert batch.cache.kv_bytes_in_use() == sum(cache.kv_bytes_in_use() for cache in alone)
+
+
+def test_rows_of_different_policies_each_keep_their_own_formats():
+    rows = [FULL_KV, KVSettings(window_tokens=16), KVSettings("sparse", "dropped", sink_pages=0, window_tokens=48)]
+    feed = Feed(rows, rows=3)
+    for _ in range(5):
+        feed.check(feed.append([32, 32, 32]))
+        feed.settle()
+    names = [[FORMATS[code] for code in row] for row in feed.cache.page_formats().tolist()]
+    assert set(names[0]) == {"full"}
+    assert (set(names[1][:1]), set(names[1][1:9]), set(names[1][9:])) == ({"full"}, {"int8", "int4"}, {"full"})
+    assert (set(names[2][:7]), set(names[2][7:])) == ({"sparse", "dropped"}, {"full"})
+    branch = feed.cache.select_rows(torch.tensor([2, 0]))
+    assert [kv.tolist() for kv in (branch.kv.window_tokens, branch.kv.sink_pages)] == [[48, 128], [0, 1]]
+
+
+def test_policies_of_another_number_of_rows_are_refused():
+    cache = PagedCache(KVRows.of([FULL_KV, FULL_KV]))
+    with pytest.raises(ValueError, match="kv: expected the policy of 3 rows, or of one for all, got 2"):
+        cache.begin(torch.arange(4).expand(3, -1))
+    with pytest.raises(ValueError, match=r"sparse_keep: expected one number for all rows of a batch, got \[2, 4\]"):
+        KVRows.of([KVSettings(easy="sparse"), KVSettings(easy="sparse", sparse_keep=2)])
 
 
 @pytest.mark.parametrize("easy", PAGE_ACTIONS)
@@ -113,7 +169,7 @@ def test_selected_rows_go_on_like_the_original_and_share_nothing(easy, device):
                 assert torch.equal(got[0][i, :, :end].cpu(), expected[0][row, :, :end])
                 assert torch.equal(got[0][i, :, end : end + 40].cpu(), keys[i])
                 assert torch.equal(branch.visible()[i, :end].cpu(), feed.expected_visible()[row, :end])
-    branch.settle(torch.rand(3, branch.visible().shape[1], device=device))
+    branch.settle(torch.rand(3, 40, device=device), positions.to(device))
     assert feed.cache.kv_bytes() == before
     feed.check(feed.append([1, 1, 1]))
 
@@ -129,7 +185,7 @@ def test_positions_on_the_host_serve_a_model_elsewhere(device):
 
 
 def test_what_transformers_asks():
-    cache = PagedCache(FULL_KV)
+    cache = PagedCache(KVRows.of([FULL_KV]))
     assert not cache.is_compileable
     assert (cache.get_seq_length(), cache.get_max_length(), len(cache)) == (0, -1, 0)
     cache.begin(torch.arange(17)[None])
@@ -156,7 +212,11 @@ def test_what_transformers_asks():
         (lambda c: c.begin(torch.tensor([[3, 5]])), ValueError, "row 0 to go on at 3 without gaps"),
         (lambda c: c.begin(torch.tensor([[3], [3]])), ValueError, r"expected \[1, tokens\], got \[2, 1\]"),
         (lambda c: c.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0), ValueError, "1 rows and 3 tokens"),
-        (lambda c: c.settle(torch.ones(1, 5)), ValueError, r"expected \[1, at least 16\], got \[1, 5\]"),
+        (
+            lambda c: c.settle(torch.ones(1, 5), torch.arange(3)[None]),
+            ValueError,
+            r"expected \[1, tokens\] each, got \[1, 5\] and \[1, 3\]",
+        ),
         (
             lambda c: c.update(torch.ones(1, 1, 3, 4, requires_grad=True), torch.ones(1, 1, 3, 4), 0),
             ValueError,
@@ -165,10 +225,8 @@ def test_what_transformers_asks():
     ],
 )
 def test_misuse_is_one_clear_line(call, error, message):
-    cache = PagedCache(KVSettings(sink_pages=0, window_tokens=0))
+    cache = PagedCache(KVRows.of([KVSettings(sink_pages=0, window_tokens=0)]))
     cache.begin(torch.arange(3)[None])
-    if "at least 16" in message:
-        cache.begin(torch.arange(3, 16)[None])
     with pytest.raises(error, match=message) as caught:
         call(cache)
     assert "\n" not in str(caught.value)
@@ -176,24 +234,27 @@ def test_misuse_is_one_clear_line(call, error, message):
 
 def test_update_without_begin_is_refused():
     with pytest.raises(ValueError, match="expected begin"):
-        PagedCache(FULL_KV).update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+        PagedCache(KVRows.of([FULL_KV])).update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("kv", [FULL_KV, KVSettings("int4", "int4", window_tokens=16), KVSettings(window_tokens=16)])
 def test_only_choosing_a_format_waits_for_the_device(kv):
-    device, cache = torch.device("cuda"), PagedCache(kv)
+    device, cache = torch.device("cuda"), PagedCache(KVRows.of([kv]))
     states = torch.randn(2, 1, 64, 8, device=device)
-    complexity = torch.rand(2, 192, device=device)
+    on_device = torch.arange(192, device=device).expand(2, -1)
+    complexity = torch.rand(2, 64, device=device)
     for start in (0, 64, 128):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            cache.begin(torch.arange(start, start + 64).expand(2, -1), device=device)
+            positions = torch.arange(start, start + 64).expand(2, -1)
+            cache.begin(positions, device=device)
             cache.update(states, states, 0)
             cache.visible()
             if kv.hard == kv.easy:
-                cache.settle(complexity)
+                cache.settle(complexity, on_device[:, start : start + 64])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        cache.settle(complexity)
+        if kv.hard != kv.easy:
+            cache.settle(complexity, on_device[:, start : start + 64])

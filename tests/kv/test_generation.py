@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from policy.operating import KVRows
 from policy.settings import FULL_KV, KVSettings
-from runtime.kv import PagedCache
+from runtime.reference.pages import PagedCache
 
 PROMPTS = [[5, 6, 7], list(range(20, 57)), list(range(100, 116))]
 NEW_TOKENS = 40
@@ -38,12 +39,12 @@ def generate(model, cache, prompts, block):
         for row, length in enumerate(lengths):
             if start < length <= start + block:
                 last[row] = logits[row, length - 1 - start]
-        cache.settle(torch.ones(len(prompts), cache.visible().shape[1], device=device))
+        cache.settle(torch.ones(positions.shape, device=device), positions.to(device))
     steps = [torch.stack(last)]
     for step in range(NEW_TOKENS - 1):
         positions = torch.tensor(lengths)[:, None] + step
         logits = forward(model, cache, steps[-1].argmax(-1)[:, None], positions.to(device))
-        cache.settle(torch.ones(len(prompts), cache.visible().shape[1], device=device))
+        cache.settle(torch.ones(positions.shape, device=device), positions.to(device))
         steps.append(logits[:, -1])
     logits = torch.stack(steps, 1)
     return logits.argmax(-1), logits
@@ -66,7 +67,7 @@ def test_full_precision_equals_dynamic_cache(tiny_llama, block, implementation, 
     # a copy with its own config, which the factory shares between models
     model = copy.deepcopy(tiny_llama).to(device)
     model.set_attn_implementation(implementation)
-    tokens, logits = generate(model, PagedCache(FULL_KV), PROMPTS, block)
+    tokens, logits = generate(model, PagedCache(KVRows.of([FULL_KV])), PROMPTS, block)
     for row, prompt in enumerate(PROMPTS):
         expected_tokens, expected_logits = generate_dynamic(model, prompt)
         assert torch.equal(tokens[row], expected_tokens[0])
@@ -78,9 +79,9 @@ def test_full_precision_equals_dynamic_cache(tiny_llama, block, implementation, 
 @pytest.mark.usefixtures("poisoned")
 def test_ragged_batch_equals_rows_alone(tiny_llama, kv, device):
     model = tiny_llama.to(device)
-    tokens, logits = generate(model, PagedCache(kv), PROMPTS, 8)
+    tokens, logits = generate(model, PagedCache(KVRows.of([kv])), PROMPTS, 8)
     for row, prompt in enumerate(PROMPTS):
-        alone_tokens, alone_logits = generate(model, PagedCache(kv), [prompt], 8)
+        alone_tokens, alone_logits = generate(model, PagedCache(KVRows.of([kv])), [prompt], 8)
         assert torch.equal(tokens[row], alone_tokens[0])
         torch.testing.assert_close(logits[row], alone_logits[0], atol=2e-5, rtol=1e-5)
 
@@ -91,9 +92,9 @@ def test_coarser_formats_lie_further_from_full_precision(tiny_llama, device):
     ids, positions = torch.tensor(prompt, device=device), torch.arange(197, device=device)[None]
 
     def last_logits(name):
-        cache = PagedCache(KVSettings(name, name, window_tokens=16))
+        cache = PagedCache(KVRows.of([KVSettings(name, name, window_tokens=16)]))
         forward(model, cache, ids[:, :196], positions[:, :196])
-        cache.settle(torch.ones(1, 208, device=device))
+        cache.settle(torch.ones(1, 196, device=device), positions[:, :196])
         return forward(model, cache, ids[:, 196:], positions[:, 196:])[0, -1]
 
     reference = last_logits("full")

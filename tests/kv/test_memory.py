@@ -4,8 +4,9 @@ import itertools
 import pytest
 import torch
 
+from policy.operating import KVRows
 from policy.settings import FULL_KV, KVSettings
-from runtime.kv import PagedCache
+from runtime.reference.pages import PagedCache
 from tests.kv.naive import Feed
 
 HEADS, WIDTH, LAYERS = 2, 64, 2
@@ -30,7 +31,7 @@ def run(
     kv: KVSettings, hard_share: float, tokens: int = 1024, block: int = 32, decoded: int = 80, rows: int = 1
 ) -> tuple[PagedCache, int]:
     """A cache after `tokens` tokens a row, the last `decoded` one by one, and the most bytes it ever held."""
-    cache, peak = PagedCache(kv), 0
+    cache, peak = PagedCache(KVRows.of([kv])), 0
     # evenly spread hard pages
     pages = torch.arange(tokens // 16)
     hard = ((pages + 1) * hard_share).floor() > (pages * hard_share).floor()
@@ -42,7 +43,7 @@ def run(
         for layer in range(LAYERS):
             cache.update(states, states, layer)
         peak = max(peak, cache.kv_bytes())
-        cache.settle(complexity)
+        cache.settle(complexity[:, start:end], torch.arange(start, end).expand(rows, -1))
     return cache, peak
 
 

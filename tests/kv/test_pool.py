@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.kv.pool import GROWTH, SHRINK, PageAllocator, PagePool
+from runtime.reference.pages.pool import GROWTH, SHRINK, PageAllocator, PagePool
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=40))

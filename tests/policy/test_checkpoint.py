@@ -15,7 +15,10 @@ import safetensors.torch
 import torch
 
 from policy import (
+    FULL_KV,
     KINDS,
+    PAGE_ACTIONS,
+    SIGNALS,
     ChunkSettings,
     Fingerprints,
     FixedPolicy,
@@ -35,13 +38,12 @@ from policy import (
 
 RUNGS = (2, 4, 8, 16)
 COST = (0.125, 0.25, 0.5, 1.0)
+WEIGHTS = dict(zip(SIGNALS, (0.1, 0.3, 0.2, 0.4), strict=True))
 SETTINGS = Settings(
-    RUNGS,
-    start_rung=2,
     block_tokens=8,
     fade_tokens=1,
     signals=SignalSettings(recent_pages=3),
-    chunk=ChunkSettings(min_tokens=1, max_tokens=5, weights=(0.1, 0.2, 0.3, 0.4), thresholds=(0.3,)),
+    chunk=ChunkSettings(min_tokens=1, max_tokens=5, weights=WEIGHTS, thresholds=(0.3,)),
     kv=KVSettings(hard="full", easy="sparse"),
 )
 PRINTS: Fingerprints = {"model": "m-1", "adapter": "a-1", "ladder": "l-1", "shared": False}
@@ -52,12 +54,12 @@ def build(kind: str) -> RankPolicy:
     torch.manual_seed(0)
     scales = torch.tensor([1.3, 1.2, 1.1, 1.0])
     if kind == "fixed":
-        return FixedPolicy(SETTINGS, scales)
+        return FixedPolicy(RUNGS, scales)
     if kind == "percentile":
-        return PercentilePolicy.calibrate(torch.rand(500), SETTINGS, "entropy", scales, spread=1.25)
+        return PercentilePolicy.calibrate(torch.rand(500), RUNGS, "entropy", scales, spread=1.25)
     if kind == "random":
-        return RandomPolicy(SETTINGS, seed=5, spread=0.5, scales=scales)
-    policy = LearnedPolicy(SETTINGS, hidden=7, scale_range=0.1, log_lambda_range=(-9.5, 3), cost=torch.tensor(COST))
+        return RandomPolicy(RUNGS, seed=5, spread=0.5, scales=scales)
+    policy = LearnedPolicy(RUNGS, hidden=7, scale_range=0.1, log_lambda_range=(-9.5, 3), cost=torch.tensor(COST))
     policy.calibrate(torch.rand(50, Summary.FEATURES), torch.rand(50, 4))
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -70,6 +72,7 @@ def checkpoint(kind: str = "learned", **changes: Any) -> PolicyCheckpoint:
     cheap, dear = policy.knob_range()
     values: dict[str, Any] = {
         "policy": policy,
+        "settings": SETTINGS,
         "curve": KnobCurve((0.2, 0.9), (cheap, dear)),
         "cost": COST,
         "fingerprints": PRINTS,
@@ -123,7 +126,7 @@ def test_a_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
         "policy.safetensors",
     ]
     record = json.loads((tmp_path / "deep" / "policy" / "policy.json").read_text())
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["rungs"] == list(RUNGS)
     assert record["libraries"]["torch"] == torch.__version__
 
@@ -193,7 +196,7 @@ def test_an_interrupted_replacement_is_noticed(folder: Path, monkeypatch: pytest
 
 
 def test_an_oracle_is_not_exported(tmp_path: Path) -> None:
-    oracle = OraclePolicy(SETTINGS, torch.zeros(1, 4).long(), torch.ones(1, 4))
+    oracle = OraclePolicy(RUNGS, torch.zeros(1, 4).long(), torch.ones(1, 4))
     message = r"policy: expected a kind that can be exported \(fixed, percentile, learned, random\), got 'oracle'"
     with pytest.raises(ValueError, match=message):
         checkpoint(policy=oracle).save(tmp_path / "policy")
@@ -230,8 +233,8 @@ def test_a_missing_folder_or_file_is_named(folder: Path) -> None:
         (b"", "expected JSON, got Expecting value"),
         (b"\xff\xfe{}", "expected JSON, got .*codec can't decode"),
         (b"[1]", "expected a JSON object, got list"),
-        (b"{}", "expected schema_version 1, got None"),
-        (b'{"schema_version": 2}', "expected schema_version 1, got 2; export the policy with this version"),
+        (b"{}", r"expected schema_version 2 \(or 1\), got None"),
+        (b'{"schema_version": 3}', r"expected schema_version 2 \(or 1\), got 3; export the policy with this version"),
         (b'{"schema_version": 1, "kind": "fixed"}', "expected settings, config, .*, got a record without"),
     ],
 )
@@ -248,12 +251,14 @@ def test_a_damaged_record_is_refused(folder: Path, content: bytes, message: str)
         (lambda r: r.update(kind="oracle"), "expected a kind among fixed, percentile, learned, random, got 'oracle'"),
         (lambda r: r.update(settings=3), "settings: .*; export the policy again"),
         (lambda r: r["settings"].update(speed=3), "settings: .*unexpected keyword argument 'speed'"),
-        (lambda r: r["settings"].pop("rungs"), "settings: .*missing .* 'rungs'"),
+        (lambda r: r["settings"].update(rungs=[1]), "settings: .*unexpected keyword argument 'rungs'"),
+        (lambda r: r["settings"]["chunk"].update(weights=[1, 1, 1, 1]), "chunk.weights: expected a weight by name"),
+        (lambda r: r["settings"]["chunk"].update(weights={"luck": 1}), "chunk.weights: expected names among"),
         (
             lambda r: r["settings"].update(fade_tokens=3),
             r"settings: fade_tokens: expected one of \(1, 4, 8, 16\), got 3",
         ),
-        (lambda r: r.update(rungs=[1, 2]), r"rungs: expected those of settings, got \[1, 2\] beside \[2, 4, 8, 16\]"),
+        (lambda r: r.update(rungs=[4, 2]), r"config: rungs: expected ascending ranks .*, got \(4, 2\)"),
         (lambda r: r["config"].update(depth=9), "config: .*unexpected keyword argument 'depth'"),
         (lambda r: r["config"].update(hidden=-1), "config: hidden: expected at least 1, got -1"),
         (lambda r: r["curve"].update(knobs=[1, 2, 3]), "expected as many budgets as knobs"),
@@ -395,3 +400,80 @@ def test_the_rung_of_a_budget_is_the_dearest_within_it():
     assert [saved.rung_for(c) for c in saved.cost] == list(range(len(saved.cost)))
     assert saved.rung_for(0.0) == 0, "the cheapest when none is within"
     assert saved.rung_for((saved.cost[1] + saved.cost[2]) / 2) == 1
+
+
+def test_rows_of_every_budget_start_within_it_and_only_the_whole_one_keeps_full_pages() -> None:
+    saved = checkpoint()
+    budgets, adapters = [0.125, 0.3, 1.0, 0.5], [0, 1, 1, 0]
+    rows = saved.operating(budgets, adapters)
+    assert rows.knob.tolist() == pytest.approx([saved.knob_for(budget) for budget in budgets])
+    assert rows.start_rung.tolist() == [0, 1, 3, 2]
+    assert rows.adapter.tolist() == adapters
+    names = [(PAGE_ACTIONS[hard], PAGE_ACTIONS[easy]) for hard, easy in zip(rows.kv.hard, rows.kv.easy, strict=True)]
+    own = (SETTINGS.kv.hard, SETTINGS.kv.easy)
+    assert names == [own, own, (FULL_KV.hard, FULL_KV.easy), own]
+
+
+def test_a_shared_policy_serves_other_ranks_at_the_same_shares() -> None:
+    shared = checkpoint(fingerprints=PRINTS | {"shared": True})
+    assert shared.rungs_for(16) == RUNGS
+    assert shared.rungs_for(64) == (8, 16, 32, 64)
+    shared.check(model="m-1", adapter="another", rungs=(8, 16, 32, 64))
+    with pytest.raises(ValueError, match=r"whole shares, got 12; use an adapter whose rank is a multiple of 8"):
+        shared.rungs_for(12)
+    with pytest.raises(ValueError, match=r"rungs: expected \(2, 4, 8, 16\), got \(8, 32, 48, 64\)"):
+        shared.check(model="m-1", adapter="another", rungs=(8, 32, 48, 64))
+    assert checkpoint().rungs_for(64) == RUNGS, "one adapter's own rungs stay what they are"
+
+
+OLD_SIGNALS = ("entropy", "novelty", "attention", "prior")
+
+
+@pytest.mark.parametrize("kind", ["learned", "percentile", "fixed"])
+def test_a_policy_of_schema_1_decides_as_it_did(kind: str, tmp_path: Path) -> None:
+    """Written by hand as schema 1 had it: signals in another order, rungs and start rung among the settings."""
+    saved = checkpoint(kind)
+    if kind == "percentile":
+        saved = checkpoint(kind, policy=PercentilePolicy(RUNGS, "complexity", spread=2.0, weights=WEIGHTS))
+    saved.save(tmp_path / "policy")
+    old_weights = [WEIGHTS[name] for name in OLD_SIGNALS]
+
+    def downgrade(record: dict[str, Any]) -> None:
+        record["schema_version"] = 1
+        record["settings"] |= {"rungs": list(RUNGS), "start_rung": 2}
+        record["settings"]["chunk"]["weights"] = old_weights
+        record["config"].pop("weights", None)
+
+    def old_order(state: dict[str, torch.Tensor]) -> None:
+        if kind != "learned":
+            return
+        for name, axis in (("feature_mean", 0), ("feature_std", 0), ("trunk.0.weight", 1)):
+            columns = state[name].unbind(axis)
+            statistics = {signal: columns[3 * s : 3 * s + 3] for s, signal in enumerate(SIGNALS)}
+            known = dict(zip(SIGNALS, columns[12:16], strict=True))
+            moved = [column for signal in OLD_SIGNALS for column in statistics[signal]]
+            moved += [known[signal] for signal in OLD_SIGNALS] + list(columns[16:])
+            state[name] = torch.stack(moved, axis).contiguous()
+
+    replace_tensors(tmp_path / "policy", old_order)
+    edit(tmp_path / "policy", downgrade)
+    loaded = PolicyCheckpoint.load(tmp_path / "policy")
+    assert loaded.settings == SETTINGS
+    generator = torch.Generator().manual_seed(1)
+    summary = Summary(
+        torch.rand(200, 4, 3, generator=generator), torch.rand(200, 4, generator=generator) < 0.8,
+        torch.rand(200, 2, generator=generator), torch.arange(200),
+    )  # fmt: skip
+    cheap, dear = saved.policy.knob_range()
+    knob = cheap + (dear - cheap) * torch.rand(200, generator=generator)
+    one, other = saved.policy.eval().decide(summary, knob), loaded.policy.decide(summary, knob)
+    assert torch.equal(one.rung, other.rung)
+    assert torch.equal(one.scale, other.scale)
+    assert kind == "fixed" or one.rung.unique().numel() > 2
+
+
+def test_schema_1_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
+    checkpoint().save(tmp_path / "policy")
+    edit(tmp_path / "policy", lambda r: r.update(schema_version=1))
+    with pytest.raises(ValueError, match=r"policy\.json: schema 1: .*; export the policy again"):
+        PolicyCheckpoint.load(tmp_path / "policy")

@@ -14,24 +14,24 @@ NOISY = LatencyTable("NVIDIA H200", ms=(4.83, 4.82, 4.86, 4.90), ms_base=4.80, s
 
 
 def test_cost_is_the_share_of_bytes() -> None:
-    table = torch.tensor([[0, 0], [2, 4], [8, 8]])
-    cost = adapter_cost(table, torch.tensor([100, 300]))
+    cost = adapter_cost(torch.tensor([0.0, 1400.0, 3200.0], dtype=torch.float64))
     assert cost.dtype == torch.float32
     assert cost.tolist() == [0.0, 0.4375, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("table", "row_bytes", "message"),
+    ("rung_bytes", "message"),
     [
-        (torch.ones(3), torch.ones(3), r"expected shapes \[J, M\] and \[M\], got \(3,\) and \(3,\)"),
-        (torch.ones(2, 3), torch.ones(2), r"expected shapes \[J, M\] and \[M\], got \(2, 3\) and \(2,\)"),
-        (torch.tensor([[4], [2]]), torch.ones(1), "rank_table: expected ranks of at least 0 that never fall"),
-        (torch.zeros(2, 2), torch.ones(2), "expected a top rung of more than 0 bytes, got 0.0"),
+        (torch.ones(3, 2), r"expected shape \[J\], got \(3, 2\)"),
+        (torch.ones(0), r"expected shape \[J\], got \(0,\)"),
+        (torch.tensor([4.0, 2.0]), "expected bytes of at least 0 that never fall"),
+        (torch.tensor([-1.0, 2.0]), "expected bytes of at least 0 that never fall"),
+        (torch.zeros(2), "the top above 0"),
     ],
 )
-def test_bad_rank_tables_are_refused(table: torch.Tensor, row_bytes: torch.Tensor, message: str) -> None:
+def test_bad_bytes_are_refused(rung_bytes: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        adapter_cost(table, row_bytes)
+        adapter_cost(rung_bytes)
 
 
 def test_a_resolved_table_gives_cost_and_budget() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import DEFAULT_RUNGS, LearnedPolicy, Settings, Summary
+from policy import DEFAULT_RUNGS, LearnedPolicy, Summary
 
-SETTINGS = Settings(DEFAULT_RUNGS)
 RUNGS = len(DEFAULT_RUNGS)
 COST = torch.tensor(DEFAULT_RUNGS) / 64
 
@@ -29,12 +28,12 @@ def planted(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_a_few_thousand_parameters() -> None:
-    assert 2000 < sum(parameter.numel() for parameter in LearnedPolicy(SETTINGS).parameters()) < 6000
+    assert 2000 < sum(parameter.numel() for parameter in LearnedPolicy(DEFAULT_RUNGS).parameters()) < 6000
 
 
 def test_it_starts_as_the_best_policy_that_ignores_the_text() -> None:
     torch.manual_seed(0)
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     features, damage = planted(500)
     policy.calibrate(features, damage)
     for log_lambda in (-6.0, -3.0, 0.0, 1.0):
@@ -47,7 +46,7 @@ def test_it_starts_as_the_best_policy_that_ignores_the_text() -> None:
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
 def test_the_top_rung_is_exact_and_scales_stay_in_range(size: float) -> None:
     torch.manual_seed(1)
-    policy = LearnedPolicy(SETTINGS, scale_range=0.2)
+    policy = LearnedPolicy(DEFAULT_RUNGS, scale_range=0.2)
     noise(policy, size)
     log_lambda = torch.linspace(-50, 50, 64)
     features = torch.rand(64, Summary.FEATURES)
@@ -65,7 +64,7 @@ def test_the_top_rung_is_exact_and_scales_stay_in_range(size: float) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_larger_lambda_never_raises_the_expected_cost(seed: int) -> None:
     torch.manual_seed(seed)
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     noise(policy, 0.5)
     with torch.no_grad():
         policy.trunk[0].weight[:, -1] = 0
@@ -82,7 +81,7 @@ def test_a_larger_lambda_never_raises_the_expected_cost(seed: int) -> None:
 
 def test_the_dear_end_is_the_top_rung_whatever_was_learned() -> None:
     torch.manual_seed(2)
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     noise(policy, 5.0)
     features = torch.randn(500, Summary.FEATURES) * 3
     policy.damage_unit.fill_(1e-12)
@@ -92,7 +91,7 @@ def test_the_dear_end_is_the_top_rung_whatever_was_learned() -> None:
 
 def test_it_learns_a_planted_rule() -> None:
     torch.manual_seed(3)
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     features, damage = planted(2000)
     log_lambda = torch.empty(2000).uniform_(-5, 1)
     policy.calibrate(features, damage, log_lambda)
@@ -127,7 +126,7 @@ def test_it_learns_a_planted_rule() -> None:
 
 
 def test_calibration_takes_constant_features_and_damage_that_rises() -> None:
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     features, damage = planted(50)
     features[:, 12:16] = 1
     damage[:, 3] = damage[:, 2] + 1
@@ -149,18 +148,18 @@ def test_calibration_takes_constant_features_and_damage_that_rises() -> None:
 )
 def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LearnedPolicy(SETTINGS, **kwargs)
+        LearnedPolicy(DEFAULT_RUNGS, **kwargs)
 
 
 def test_one_rung_is_no_choice() -> None:
     with pytest.raises(
         ValueError, match=r"rungs: expected at least two to choose from, got \(8,\); use a fixed policy"
     ):
-        LearnedPolicy(Settings((8,)))
+        LearnedPolicy((8,))
 
 
 def test_bad_training_data_is_refused() -> None:
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     features, damage = planted(5)
     with pytest.raises(ValueError, match=r"expected \[N, 18\] and \[N, 10\], got \(5, 18\) and \(5, 9\)"):
         policy.calibrate(features, damage[:, 1:])

@@ -15,19 +15,16 @@ from torch import Tensor
 from policy import (
     DEFAULT_RUNGS,
     SIGNALS,
-    ChunkSettings,
     FixedPolicy,
     LearnedPolicy,
     OraclePolicy,
     PercentilePolicy,
     RandomPolicy,
     RankPolicy,
-    Settings,
     Summary,
 )
 from policy.random import uniform_hash
 
-SETTINGS = Settings(DEFAULT_RUNGS)
 RUNGS = len(DEFAULT_RUNGS)
 SCALES = torch.cat([torch.linspace(1.2, 1.05, RUNGS - 1), torch.ones(1)])
 ROWS, LENGTH = 64, 200
@@ -47,18 +44,18 @@ def scrambled(policy: LearnedPolicy, seed: int = 0) -> LearnedPolicy:
 def build(kind: str) -> RankPolicy:
     generator = torch.Generator().manual_seed(7)
     if kind == "fixed":
-        return FixedPolicy(SETTINGS, SCALES)
+        return FixedPolicy(DEFAULT_RUNGS, SCALES)
     if kind.startswith("percentile"):
         values = torch.rand(1000, generator=generator) ** 2
         signal = "entropy" if kind.endswith("entropy") else "complexity"
-        return PercentilePolicy.calibrate(values, SETTINGS, signal, SCALES, spread=2.5)
+        return PercentilePolicy.calibrate(values, DEFAULT_RUNGS, signal, SCALES, spread=2.5)
     if kind == "random":
-        return RandomPolicy(SETTINGS, seed=3, scales=SCALES)
+        return RandomPolicy(DEFAULT_RUNGS, seed=3, scales=SCALES)
     if kind == "oracle":
         rung = torch.randint(RUNGS, (ROWS, LENGTH), generator=generator)
-        return OraclePolicy(SETTINGS, rung, torch.where(rung == RUNGS - 1, 1.0, 1.1))
+        return OraclePolicy(DEFAULT_RUNGS, rung, torch.where(rung == RUNGS - 1, 1.0, 1.1))
     torch.manual_seed(0)
-    policy = LearnedPolicy(SETTINGS)
+    policy = LearnedPolicy(DEFAULT_RUNGS)
     return scrambled(policy) if kind == "learned-trained" else policy
 
 
@@ -208,7 +205,7 @@ def test_each_rung_has_its_scale(kind: str) -> None:
     ("knob", "rung"), [(-3.0, 0), (0.4, 0), (3.6, 4), (99.0, RUNGS - 1), (float("nan"), RUNGS - 1)]
 )
 def test_fixed_takes_the_nearest_rung(knob: float, rung: int) -> None:
-    assert FixedPolicy(SETTINGS).decide(summary(1), torch.tensor([knob])).rung.tolist() == [rung]
+    assert FixedPolicy(DEFAULT_RUNGS).decide(summary(1), torch.tensor([knob])).rung.tolist() == [rung]
 
 
 @pytest.mark.parametrize(
@@ -221,12 +218,12 @@ def test_fixed_takes_the_nearest_rung(knob: float, rung: int) -> None:
 )
 def test_bad_scales_are_refused(scales: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FixedPolicy(SETTINGS, scales)
+        FixedPolicy(DEFAULT_RUNGS, scales)
 
 
 def test_percentile_of_continuous_values_is_their_rank() -> None:
     values = torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 3
-    policy = PercentilePolicy.calibrate(values, SETTINGS, "entropy")
+    policy = PercentilePolicy.calibrate(values, DEFAULT_RUNGS, "entropy")
     probe = torch.tensor([-1.0, 0.001, 0.1, 0.5, 2.0])
     expected = torch.stack([(values < value).float().mean() for value in probe])
     # Between two of 101 quantiles the distribution is taken as straight: at most one step of 0.01 off.
@@ -234,36 +231,49 @@ def test_percentile_of_continuous_values_is_their_rank() -> None:
 
 
 def test_percentile_of_tied_values_is_the_middle_of_the_tie() -> None:
-    policy = PercentilePolicy.calibrate(torch.tensor([0.0] * 60 + [1.0] * 40), SETTINGS, "prior")
+    policy = PercentilePolicy.calibrate(torch.tensor([0.0] * 60 + [1.0] * 40), DEFAULT_RUNGS, "prior")
     below, zero, one, above = policy.percentile(torch.tensor([-0.1, 0.0, 1.0, 1.1])).tolist()
     assert (below, above) == (0, 1)
     assert zero == pytest.approx(0.3, abs=0.01)
     assert one == pytest.approx(0.8, abs=0.01)
-    constant = PercentilePolicy.calibrate(torch.full((9,), 0.25), SETTINGS, "prior")
+    constant = PercentilePolicy.calibrate(torch.full((9,), 0.25), DEFAULT_RUNGS, "prior")
     assert constant.percentile(torch.tensor([0.25])).tolist() == [0.5]
 
 
 @given(values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40))
 @examples(max_examples=50, deadline=None, derandomize=True)
 def test_percentile_never_falls(values: list[float]) -> None:
-    policy = PercentilePolicy.calibrate(torch.tensor(values), SETTINGS, "entropy")
+    policy = PercentilePolicy.calibrate(torch.tensor(values), DEFAULT_RUNGS, "entropy")
     percentile = policy.percentile(torch.linspace(-0.1, 1.1, 200))
     assert bool((percentile.diff() >= 0).all())
     assert 0 <= float(percentile.min()) <= float(percentile.max()) <= 1
 
 
 def test_percentile_reads_its_signal_or_the_weighted_mean_of_the_known_ones() -> None:
-    settings = Settings(DEFAULT_RUNGS, chunk=ChunkSettings(weights=(1, 2, 3, 4)))
+    weights = dict(zip(SIGNALS, (1.0, 2.0, 3.0, 4.0), strict=True))
     whole = summary(3)
     whole.valid[:] = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
     mean = whole.stats[..., 0]
-    value, known = PercentilePolicy(settings, "complexity").value(whole)
+    value, known = PercentilePolicy(DEFAULT_RUNGS, "complexity", weights=weights).value(whole)
     expected = torch.stack([(mean[0] * torch.tensor([1, 2, 3, 4])).sum() / 10, (mean[1, 0] + 3 * mean[1, 2]) / 4])
     torch.testing.assert_close(value[:2], expected)
     assert known.tolist() == [True, True, False]
-    value, known = PercentilePolicy(settings, "attention").value(whole)
+    value, known = PercentilePolicy(DEFAULT_RUNGS, SIGNALS[2]).value(whole)
     assert torch.equal(value[:2], mean[:2, 2])
     assert known.tolist() == [True, True, False]
+
+
+@given(low=st.floats(0, 1, width=32), high=st.floats(0, 1, width=32), knob=st.floats(0, RUNGS - 1))
+def test_percentile_gives_a_harder_chunk_no_lower_rung(low: float, high: float, knob: float) -> None:
+    policy = PercentilePolicy(DEFAULT_RUNGS, "entropy", spread=3.0)
+    whole = summary(2)
+    whole.valid[:] = True
+    whole.stats[:, SIGNALS.index("entropy"), 0] = torch.tensor(sorted((low, high)))
+    easy, hard = policy.decide(whole, torch.full((2,), knob)).rung.tolist()
+    assert easy <= hard
+    whole.stats[:, SIGNALS.index("entropy"), 0] = torch.tensor([0.1, 0.9])
+    easy, hard = policy.decide(whole, torch.full((2,), 4.0)).rung.tolist()
+    assert easy < 4 < hard
 
 
 def test_percentile_leaves_the_knob_alone_where_nothing_is_known() -> None:
@@ -275,12 +285,24 @@ def test_percentile_leaves_the_knob_alone_where_nothing_is_known() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PercentilePolicy(SETTINGS, "luck"), "signal: expected one of entropy, .*complexity, got 'luck'"),
-        (lambda: PercentilePolicy(SETTINGS, "prior", spread=-1), "spread: expected a number of rungs of at least 0"),
-        (lambda: PercentilePolicy(SETTINGS, "prior", torch.ones(3)), "grid: expected 101 ascending finite numbers"),
-        (lambda: PercentilePolicy(SETTINGS, "prior", torch.linspace(1, 0, 101)), "grid: expected 101 ascending"),
-        (lambda: PercentilePolicy.calibrate(torch.ones(0), SETTINGS, "prior"), "values: expected at least one finite"),
-        (lambda: RandomPolicy(SETTINGS, 0, spread=float("nan")), "spread: expected a number of rungs of at least 0"),
+        (lambda: PercentilePolicy(DEFAULT_RUNGS, "luck"), "signal: expected one of entropy, .*complexity, got 'luck'"),
+        (
+            lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", spread=-1),
+            "spread: expected a number of rungs of at least 0",
+        ),
+        (
+            lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", torch.ones(3)),
+            "grid: expected 101 ascending finite numbers",
+        ),
+        (lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", torch.linspace(1, 0, 101)), "grid: expected 101 ascending"),
+        (
+            lambda: PercentilePolicy.calibrate(torch.ones(0), DEFAULT_RUNGS, "prior"),
+            "values: expected at least one finite",
+        ),
+        (
+            lambda: RandomPolicy(DEFAULT_RUNGS, 0, spread=float("nan")),
+            "spread: expected a number of rungs of at least 0",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(make, message: str) -> None:
@@ -301,7 +323,7 @@ def test_the_hash_is_uniform_and_takes_every_argument() -> None:
 
 
 def test_random_covers_its_band_evenly() -> None:
-    policy = RandomPolicy(SETTINGS, seed=1, spread=1.5)
+    policy = RandomPolicy(DEFAULT_RUNGS, seed=1, spread=1.5)
     rung = policy.decide(summary(3000), torch.full((3000,), 5.0)).rung
     assert rung.unique().tolist() == [4, 5, 6]
     # Each has probability 1/3, hence a standard deviation of 0.0086.
@@ -311,7 +333,7 @@ def test_random_covers_its_band_evenly() -> None:
 def test_oracle_replays_its_schedule_by_row_and_position() -> None:
     rung = torch.tensor([[0, 1, 2], [3, 4, RUNGS - 1]])
     scale = torch.tensor([[1.3, 1.2, 1.1], [1.1, 1.1, 1.0]])
-    policy = OraclePolicy(SETTINGS, rung, scale)
+    policy = OraclePolicy(DEFAULT_RUNGS, rung, scale)
     whole = dataclasses.replace(summary(2), position=torch.tensor([1, 70]))
     decision = policy.decide(whole, torch.zeros(2))
     assert decision.rung.tolist() == [1, RUNGS - 1]
@@ -330,7 +352,7 @@ def test_oracle_replays_its_schedule_by_row_and_position() -> None:
 )
 def test_a_bad_schedule_is_refused(rung: Tensor, scale: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OraclePolicy(SETTINGS, rung, scale)
+        OraclePolicy(DEFAULT_RUNGS, rung, scale)
 
 
 @pytest.mark.gpu

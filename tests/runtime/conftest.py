@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policy import FULL_KV, RankPolicy, Settings
+from policy import FULL_KV, Operating, RankPolicy, Settings
 from runtime import Ladder, build_ladder, load_adapter
 from runtime.plan import RunPlan
 
@@ -68,21 +68,27 @@ def varied_ladder() -> Callable[..., Ladder]:
     def make(folder: Path, rungs: tuple[int, ...], seed: int = 0) -> Ladder:
         ladder = build_ladder(load_adapter(folder), rungs)
         generator = torch.Generator().manual_seed(seed)
-        full = ladder.rank_table[-1]
-        share = torch.rand(len(ladder.rungs) - 1, len(full), generator=generator).sort(0).values
-        return replace(ladder, rank_table=torch.cat([(share * (full + 1)).long(), full[None]]))
+        full = ladder.edges[-1]
+        share = torch.rand(len(ladder.rungs) - 1, len(full), 1, generator=generator).sort(0).values
+        return replace(ladder, edges=torch.cat([(share * (full + 1)).long(), full[None]]))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., RunPlan]:
-    """`make_plan(ladder, policy_of, knob, **settings)`: a plan with full-precision KV unless `kv` says otherwise."""
+    """`make_plan(ladder, policy_of, knob, **settings)`: a plan from the top rung in full-precision KV unless told."""
 
     def make(
-        ladder: Ladder, policy_of: Callable[[Settings], RankPolicy], knob: float | Tensor = 0.0, **settings
+        ladder: Ladder,
+        policy_of: Callable[[tuple[int, ...]], RankPolicy],
+        knob: float | Tensor = 0.0,
+        kv=FULL_KV,
+        start_rung: int | None = None,
+        **settings,
     ) -> RunPlan:
-        chosen = Settings(ladder.rungs, **({"kv": FULL_KV} | settings))
-        return RunPlan(ladder, policy_of(chosen), chosen, knob)
+        start = len(ladder.rungs) - 1 if start_rung is None else start_rung
+        chosen = Settings(**settings, kv=kv)
+        return RunPlan((ladder,), policy_of(ladder.rungs), chosen, Operating.at(knob, start, kv))
 
     return make

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from policy import Decision, RankPolicy, Settings, Summary
+from policy import SIGNALS, Decision, Operating, RankPolicy, Settings, Summary
 from runtime import Ladder
-from runtime.stream import Stream
+from runtime.control.stream import Stream
 
-OUTPUTS, TOKENS = (0, 2), (1, 3)
+OUTPUTS, TOKENS = (0, 1), (2, 3)
 
 
 class PositionPolicy(RankPolicy):
@@ -23,13 +23,13 @@ class PositionPolicy(RankPolicy):
 
     kind: ClassVar[str] = "position"
 
-    def __init__(self, settings: Settings, multiplier: int = 5) -> None:
-        super().__init__(settings)
+    def __init__(self, rungs: Sequence[int], multiplier: int = 5) -> None:
+        super().__init__(rungs)
         self.multiplier = multiplier
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         draw = (summary.position * self.multiplier + knob.long()) % 97
-        return Decision(draw % len(self.settings.rungs), 0.75 + (draw % 3) / 8)
+        return Decision(draw % len(self.rungs), 0.75 + (draw % 3) / 8)
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, 96.0
@@ -47,7 +47,7 @@ class FeaturePolicy(RankPolicy):
         features = summary.features()
         weights = torch.arange(1, features.shape[1] + 1).cos()
         draw = (features @ weights * 7).sin() + knob
-        rungs = len(self.settings.rungs)
+        rungs = len(self.rungs)
         return Decision(((draw * 50).floor().long()) % rungs, 1 + draw.sin() / 4)
 
     def knob_range(self) -> tuple[float, float]:
@@ -97,20 +97,24 @@ def naive_chunks(
     blocks: Sequence[int],
     settings: Settings,
     policy: RankPolicy,
-    knob: float,
+    operating: Operating,
 ) -> tuple[list[NaiveChunk], list[list[float]]]:
     """Chunks and rung weights of one row, by the definition, one token at a time.
 
     outputs [T, 2] (entropy, attention) and token_signals [T, 2] (novelty, prior); `blocks` are the lengths of the
-    forward passes. A model output is known once its pass has ended. A prompt never runs above the start rung.
+    forward passes. A model output is known once its pass has ended, and is seen by the first opening after that. A
+    prompt never runs above the start rung.
     """
-    chunk, rungs, known = settings.chunk, len(settings.rungs), 0
+    chunk, rungs, known = settings.chunk, len(policy.rungs), 0
+    knob, start_rung = float(operating.knob), int(operating.start_rung)
+    waiting: list[list[int]] = [[], [], [], []]  # per signal the tokens whose value no opening has seen
     smoothed: list[float | None] = [None] * 4
     held: list[tuple[float, float, float] | None] = [None] * 4
     level, chunks, weights, opened_level = 0, [], [], 0
-    fade_from = fade_to = [float(j == settings.start_rung) for j in range(rungs)]
+    fade_from = fade_to = [float(j == start_rung) for j in range(rungs)]
     ends = torch.tensor(blocks).cumsum(0).tolist()
-    values = torch.stack([outputs, token_signals], -1).flatten(1).tolist()
+    values = torch.cat([outputs, token_signals], -1).tolist()
+    signal_weights = [chunk.weights[name] for name in SIGNALS]
 
     def smooth(signal: int, value: float) -> None:
         before = smoothed[signal]
@@ -119,7 +123,7 @@ def naive_chunks(
     for t in range(len(values)):
         for signal in TOKENS:
             smooth(signal, values[t][signal])
-        parts = [(w, s) for w, s in zip(chunk.weights, smoothed, strict=True) if s is not None]
+        parts = [(w, s) for w, s in zip(signal_weights, smoothed, strict=True) if s is not None]
         total = sum(w for w, _ in parts)
         complexity = sum(w * s for w, s in parts) / total if total else 0.0
         while level < len(chunk.thresholds) and complexity > chunk.thresholds[level] + chunk.hysteresis:
@@ -130,31 +134,32 @@ def naive_chunks(
         changed = length >= chunk.min_tokens and level != opened_level
         if not chunks or length >= chunk.max_tokens or changed:
             for signal in range(4):
-                past = [] if not chunks else chunks[-1].tokens
-                if signal in OUTPUTS:
-                    past = [i for i in past if i < known]
-                column = [values[i][signal] for i in past]
+                column = [values[i][signal] for i in waiting[signal]]
                 if column:
                     held[signal] = (sum(column) / len(column), max(column), column[-1])
-            rung, scale = settings.start_rung, 1.0
+                waiting[signal] = []
+            rung, scale = start_rung, 1.0
             if known:
                 stats = torch.tensor([h or (0.0, 0.0, 0.0) for h in held])[None]
                 valid = torch.tensor([[h is not None for h in held]])
                 summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]))
                 decision = policy.decide(summary, torch.tensor([knob]))
-                if t >= prompt_tokens or int(decision.rung) <= settings.start_rung:
+                if t >= prompt_tokens or int(decision.rung) <= start_rung:
                     rung, scale = int(decision.rung), float(decision.scale)
             chunks.append(NaiveChunk(t, rung, scale, list(held)))
             opened_level = level
             fade_from = weights[-1] if weights else fade_to
             fade_to = [scale * (j == rung) for j in range(rungs)]
         chunks[-1].tokens.append(t)
+        for signal in TOKENS:
+            waiting[signal].append(t)
         progress = min(1.0, (t - chunks[-1].start + 1) / settings.fade_tokens)
         weights.append([a + (b - a) * progress for a, b in zip(fade_from, fade_to, strict=True)])
         if t + 1 in ends:
             for i in range(known, t + 1):
                 for signal in OUTPUTS:
                     smooth(signal, values[i][signal])
+                    waiting[signal].append(i)
             known = t + 1
     return chunks, weights
 
@@ -186,14 +191,13 @@ def definition_hooks(model: nn.Module, ladder: Ladder, weights: Tensor) -> Itera
         yield
 
 
-def weights_of(record: dict[str, Tensor], settings: Settings) -> Tensor:
+def weights_of(record: dict[str, Tensor], settings: Settings, rungs: int, start_rung: int) -> Tensor:
     """Rung weights [B, N, J] from recorded `opens`, `rung` and `scale` alone, by the fade's formula, in float64."""
     rows, steps = record["rung"].shape
-    rungs = len(settings.rungs)
     out = torch.zeros(rows, steps, rungs, dtype=torch.float64)
     for row in range(rows):
         before = torch.zeros(rungs, dtype=torch.float64)
-        before[settings.start_rung] = 1
+        before[start_rung] = 1
         for t in range(steps):
             if record["opens"][row, t]:
                 start_weights, opened = before, t

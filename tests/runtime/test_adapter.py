@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runtime import load_adapter
-from runtime.adapter import CONFIG_NAME, WEIGHTS_NAME
+from runtime.ladder.adapter import CONFIG_NAME, WEIGHTS_NAME
 
 # PEFT sorts the keys of a pattern when it saves, so only patterns in that order mean the same after loading.
 PATTERNS = {

@@ -1,6 +1,5 @@
 """The state machine against the definition token by token, and every promise DESIGN sections 5 and 6 make about it."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy import FADES, SIGNALS, ChunkSettings, FixedPolicy, PercentilePolicy, Settings, SignalSettings
-from runtime.machine import complexity_level
-from runtime.signals import next_token_entropy, positional_prior
-from runtime.stream import Stream
+from policy import FADES, SIGNALS, ChunkSettings, FixedPolicy, Operating, PercentilePolicy, Settings, SignalSettings
+from runtime.control.machine import complexity_level
+from runtime.control.record import trace
+from runtime.control.signals import next_token_entropy, positional_prior
+from runtime.control.stream import Stream
 from tests.runtime.reference import (
     FeaturePolicy,
     PositionPolicy,
@@ -24,23 +24,21 @@ from tests.runtime.reference import (
 
 CPU = torch.device("cpu")
 RUNGS = (0, 2, 4, 8, 16)
-ENTROPY, NOVELTY, ATTENTION, PRIOR = range(len(SIGNALS))
+ENTROPY, ATTENTION, NOVELTY, PRIOR = range(len(SIGNALS))
 
 
 @st.composite
 def settings_strategy(draw):
     least = draw(st.integers(1, 6))
-    weights = draw(st.sampled_from([(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0.5, 2, 1, 0.25), (0, 0, 1, 1)]))
+    weights = draw(st.sampled_from([(1, 1, 1, 1), (1, 0, 0, 0), (0, 0, 1, 0), (0.5, 1, 2, 0.25), (0, 1, 0, 1)]))
     return Settings(
-        RUNGS,
-        start_rung=draw(st.integers(-1, 3)),
         block_tokens=draw(st.integers(1, 12)),
         fade_tokens=draw(st.sampled_from(FADES)),
         signals=SignalSettings(novelty_window_tokens=8, prior_decay_tokens=draw(st.integers(1, 20))),
         chunk=ChunkSettings(
             least,
             draw(st.integers(least, 10)),
-            weights,
+            dict(zip(SIGNALS, weights, strict=True)),
             draw(st.sampled_from([0.3, 0.5, 1.0])),
             # numbers that no mean of signals hits exactly: the two sides of a comparison round differently
             draw(st.sampled_from([(), (0.5013,), (0.4137, 0.6171), (0.3011, 0.5013, 0.7017)])),
@@ -49,8 +47,8 @@ def settings_strategy(draw):
     )
 
 
-def complexity_policy(settings):
-    return PercentilePolicy(settings, "complexity", scales=torch.tensor([1.2, 1.1, 1.05, 1.25, 1.0]), spread=4.0)
+def complexity_policy(rungs):
+    return PercentilePolicy(rungs, "complexity", scales=torch.tensor([1.2, 1.1, 1.05, 1.25, 1.0]), spread=4.0)
 
 
 policies = st.sampled_from([complexity_policy, PositionPolicy])
@@ -71,10 +69,17 @@ def batches(draw, most_rows=3):
     return tokens, lengths, logits, attention, prompts
 
 
-def run(settings, policy, batch, knob=1.37, rows=slice(None)):
+def spends(batch, knob=1.37):
+    """Every row its own knob and start rung: they follow from its prompt, so that a row alone gets the same."""
+    prompts = batch[4]
+    return Operating.at(knob + 0.61 * (prompts % 4), prompts % len(RUNGS))
+
+
+def run(settings, policy, batch, rows=slice(None)):
     tokens, lengths, logits, attention, prompts = batch
     lengths = lengths[rows]
-    stream = Stream(settings, policy, knob, len(lengths), CPU, prompts[rows])
+    operating = spends(batch).select(torch.arange(len(prompts))[rows])
+    stream = Stream(settings, policy, operating, CPU, prompts[rows], keep_record=True)
     drive(stream, tokens[rows], lengths, logits[rows], attention[rows], settings.block_tokens)
     return stream
 
@@ -88,17 +93,19 @@ def assert_same_decisions(one, other):
 
 @given(settings_strategy(), policies, batches())
 def test_decisions_equal_the_definition(settings, policy_of, batch):
-    policy = policy_of(settings)
-    record = run(settings, policy, batch).record()
+    policy = policy_of(RUNGS)
+    record = run(settings, policy, batch).columns()
     tokens, lengths, logits, attention, prompts = batch
-    weights = weights_of(record, settings)
+    operating = spends(batch)
     for row, length in enumerate(lengths):
         outputs = torch.stack([next_token_entropy(logits[row]), attention[row]], -1)[:length]
         novelty = naive_novelty(tokens[row, :length].tolist(), settings.signals.novelty_window_tokens)
         prior = positional_prior(torch.arange(length)[None], prompts[row, None], settings.signals.prior_decay_tokens)[0]
         blocks = [min(settings.block_tokens, length - i) for i in range(0, length, settings.block_tokens)]
         signals = torch.stack([torch.tensor(novelty), prior], -1)
-        chunks, naive_weights = naive_chunks(outputs, signals, int(prompts[row]), blocks, settings, policy, 1.37)
+        own_spends = operating.select(torch.tensor([row]))
+        chunks, naive_weights = naive_chunks(outputs, signals, int(prompts[row]), blocks, settings, policy, own_spends)
+        weights = weights_of(record, settings, len(RUNGS), int(own_spends.start_rung))
 
         got = row_of(record, row)
         starts = got["opens"].nonzero()[:, 0].tolist()
@@ -116,12 +123,12 @@ def test_decisions_equal_the_definition(settings, policy_of, batch):
 
 @given(settings_strategy(), policies, batches())
 def test_chunks_tile_the_sequence_within_their_lengths(settings, policy_of, batch):
-    stream = run(settings, policy_of(settings), batch)
-    record = stream.record()
+    stream = run(settings, policy_of(RUNGS), batch)
+    record = stream.columns()
     for row, length in enumerate(batch[1]):
         got = row_of(record, row)
         assert got["positions"].tolist() == list(range(length))
-        chunks = stream.trace(row, length, [], 16)
+        chunks = trace(got, length, RUNGS, [], 16)
         assert chunks[0].start == 0
         assert sum(chunk.length for chunk in chunks) == length
         for before, after in pairwise(chunks):
@@ -136,20 +143,19 @@ def test_chunks_tile_the_sequence_within_their_lengths(settings, policy_of, batc
 
 @given(settings_strategy(), policies, batches())
 def test_row_in_a_batch_decides_as_it_does_alone(settings, policy_of, batch):
-    policy = policy_of(settings)
+    policy = policy_of(RUNGS)
     together = run(settings, policy, batch)
-    for row, length in enumerate(batch[1]):
+    for row in range(len(batch[1])):
         alone = run(settings, policy, batch, rows=slice(row, row + 1))
-        assert_same_decisions(row_of(together.record(), row), row_of(alone.record(), 0))
-        torch.testing.assert_close(
-            together.complexity[row, :length], alone.complexity[0, :length], atol=1e-6, rtol=1e-6
-        )
+        assert_same_decisions(row_of(together.columns(), row), row_of(alone.columns(), 0))
+        one, other = (row_of(stream.columns(), i)["complexity"] for stream, i in ((together, row), (alone, 0)))
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
 @given(settings_strategy(), policies, batches(), batches(most_rows=1))
 def test_short_row_goes_on_as_it_would_alone(settings, policy_of, batch, more):
     """While its neighbours are still in their prompts, a row sees nothing but padding; then all go on."""
-    policy, count = policy_of(settings), len(batch[1])
+    policy, count = policy_of(RUNGS), len(batch[1])
     tokens, (length,), logits, attention, _ = more
     together = run(settings, policy, batch)
     shared = (tokens.expand(count, -1), [length] * count, logits.expand(count, -1, -1), attention.expand(count, -1))
@@ -157,40 +163,40 @@ def test_short_row_goes_on_as_it_would_alone(settings, policy_of, batch, more):
     for row in range(count):
         alone = run(settings, policy, batch, rows=slice(row, row + 1))
         drive(alone, tokens, [length], logits, attention, settings.block_tokens)
-        assert_same_decisions(row_of(together.record(), row), row_of(alone.record(), 0))
+        assert_same_decisions(row_of(together.columns(), row), row_of(alone.columns(), 0))
 
 
 @given(settings_strategy(), batches(most_rows=1), st.data())
 def test_the_future_changes_no_earlier_decision(settings, batch, data):
-    policy = FeaturePolicy(settings)
+    policy = FeaturePolicy(RUNGS)
     tokens, lengths, logits, attention, prompts = batch
     change = data.draw(st.integers(0, lengths[0] - 1))
     other = [tokens.clone(), lengths, logits.clone(), attention.clone(), prompts]
     other[0][:, change:] += 10
     other[2][:, change:] = logits[:, change:].flip(-1) * 3
     other[3][:, change:] = 1 - attention[:, change:]
-    before, after = (row_of(run(settings, policy, b).record(), 0) for b in (batch, other))
+    before, after = (row_of(run(settings, policy, b).columns(), 0) for b in (batch, other))
     for name in before:
         assert torch.equal(before[name][:change], after[name][:change]), name
     # What a model puts out for a block is not known inside it: with the tokens as they were, the block stays as it was.
     other[0] = tokens
     end = (change // settings.block_tokens + 1) * settings.block_tokens
-    after = row_of(run(settings, policy, other).record(), 0)
-    for name in before:
+    after = row_of(run(settings, policy, other).columns(), 0)
+    for name in before.keys() - {"complexity"}:  # which is what the model put out
         assert torch.equal(before[name][:end], after[name][:end]), name
 
 
 @given(settings_strategy(), policies, batches())
 def test_first_block_runs_at_the_start_rung(settings, policy_of, batch):
-    record = run(settings, policy_of(settings), batch).record()
+    record = run(settings, policy_of(RUNGS), batch).columns()
     first = record["rung"][:, : settings.block_tokens]
-    assert (first == settings.start_rung).all()
+    assert (first == spends(batch).start_rung[:, None]).all()
     assert (record["scale"][:, : settings.block_tokens] == 1).all()
 
 
 @given(settings_strategy(), batches())
 def test_signals_are_valid_once_they_exist(settings, batch):
-    record = run(settings, PositionPolicy(settings), batch).record()
+    record = run(settings, PositionPolicy(RUNGS), batch).columns()
     for row in range(len(batch[1])):
         got = row_of(record, row)
         chunk = got["opens"].long().cumsum(0)
@@ -208,18 +214,18 @@ def test_signals_are_valid_once_they_exist(settings, batch):
 @given(settings_strategy(), policies, batches())
 def test_fade_ends_exactly_at_the_one_hot_times_scale(settings, policy_of, batch):
     tokens, lengths, logits, attention, prompts = batch
-    stream = Stream(settings, policy_of(settings), 1.37, len(lengths), CPU, prompts)
+    stream = Stream(settings, policy_of(RUNGS), spends(batch), CPU, prompts, keep_record=True)
     gates = []
     for start in range(0, max(lengths), settings.block_tokens):
         part = slice(start, min(start + settings.block_tokens, max(lengths)))
         real = torch.arange(part.start, part.stop) < torch.tensor(lengths)[:, None]
         gates.append(stream.open_block(tokens[:, part], real, ragged=True))
         stream.close_block(logits[:, part], attention[:, part])
-    weights, record = torch.cat(gates, 1), stream.record()
-    torch.testing.assert_close(
-        weights[record["real"]].double(), weights_of(record, settings)[record["real"]], atol=1e-6, rtol=0
-    )
+    weights, record = torch.cat(gates, 1), stream.columns()
     for row in range(len(lengths)):
+        real, start_rung = record["real"][row], int(spends(batch).start_rung[row])
+        expected = weights_of(record, settings, len(RUNGS), start_rung)[row][real]
+        torch.testing.assert_close(weights[row][real].double(), expected, atol=1e-6, rtol=0)
         own, age = row_of(record | {"weights": weights}, row), 0
         for t in range(lengths[row]):
             age = 1 if own["opens"][t] else age + 1
@@ -232,8 +238,10 @@ def test_fade_ends_exactly_at_the_one_hot_times_scale(settings, policy_of, batch
 
 @pytest.mark.parametrize("fade", FADES)
 def test_weights_of_unscaled_rungs_sum_to_one(fade):
-    settings = Settings(RUNGS, fade_tokens=fade, block_tokens=1, chunk=ChunkSettings(1, 3))
-    stream = Stream(settings, PercentilePolicy(settings, "entropy", spread=4.0), 2.0, 4, CPU)
+    settings = Settings(fade_tokens=fade, block_tokens=1, chunk=ChunkSettings(1, 3))
+    stream = Stream(
+        settings, PercentilePolicy(RUNGS, "entropy", spread=4.0), Operating.at(2.0, torch.full((4,), 4)), CPU
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         gates = stream.open_block(torch.randint(0, 9, (4, 1), generator=generator), torch.ones(4, 1).bool(), False)
@@ -245,13 +253,13 @@ def test_weights_of_unscaled_rungs_sum_to_one(fade):
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_shortest_chunks_allowed(most):
     """L_min = L_max = 1 opens a chunk at every token; with L_min = 1 a change of class closes one at once."""
-    chunk = ChunkSettings(1, most, weights=(1, 0, 0, 0), smoothing=1.0, thresholds=(0.5,), hysteresis=0.0)
-    settings = Settings(RUNGS, block_tokens=1, chunk=chunk)
+    chunk = ChunkSettings(1, most, weights={"entropy": 1}, smoothing=1.0, thresholds=(0.5,), hysteresis=0.0)
+    settings = Settings(block_tokens=1, chunk=chunk)
     hard = [0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0]
     logits = torch.where(torch.tensor(hard).bool()[:, None], 0.0, torch.tensor([30.0, 0, 0, 0]))[None]
-    stream = Stream(settings, FixedPolicy(settings), 1.0, 1, CPU)
+    stream = Stream(settings, FixedPolicy(RUNGS), Operating.at(1.0, 4), CPU, keep_record=True)
     drive(stream, torch.zeros(1, 13, dtype=torch.long), [13], logits, torch.zeros(1, 13), 1)
-    starts = stream.record()["opens"][0].nonzero()[:, 0].tolist()
+    starts = stream.columns()["opens"][0].nonzero()[:, 0].tolist()
     # the class of a token is heard at the next one
     expected, since, opened = [], 0, 0
     for t, level in enumerate([0, *hard[:-1]]):
@@ -264,10 +272,10 @@ def test_shortest_chunks_allowed(most):
 
 
 def test_chunk_length_alone_decides_without_thresholds():
-    settings = Settings(RUNGS, chunk=ChunkSettings(2, 7, thresholds=()))
-    stream = Stream(settings, FixedPolicy(settings), 1.0, 1, CPU)
+    settings = Settings(chunk=ChunkSettings(2, 7, thresholds=()))
+    stream = Stream(settings, FixedPolicy(RUNGS), Operating.at(1.0, 4), CPU, keep_record=True)
     drive(stream, torch.arange(40)[None], [40], torch.randn(1, 40, 5), torch.rand(1, 40), 32)
-    assert stream.record()["opens"][0].nonzero()[:, 0].tolist() == list(range(0, 40, 7))
+    assert stream.columns()["opens"][0].nonzero()[:, 0].tolist() == list(range(0, 40, 7))
 
 
 levels = st.floats(0, 1, width=32)
@@ -306,14 +314,21 @@ def test_complexity_within_the_margin_never_flaps():
 
 
 def test_prompt_counts_as_hard_and_the_response_less_and_less():
-    settings = Settings(RUNGS, signals=SignalSettings(prior_decay_tokens=10), chunk=ChunkSettings(4, 4, thresholds=()))
-    stream = Stream(settings, FixedPolicy(settings), 0.0, 2, CPU, torch.tensor([12, 0]))
+    settings = Settings(signals=SignalSettings(prior_decay_tokens=10), chunk=ChunkSettings(4, 4, thresholds=()))
+    stream = Stream(
+        settings,
+        FixedPolicy(RUNGS),
+        Operating.at(0.0, torch.tensor([4, 4])),
+        CPU,
+        torch.tensor([12, 0]),
+        keep_record=True,
+    )
     drive(stream, torch.zeros(2, 32, dtype=torch.long), [32, 32], torch.zeros(2, 32, 4), torch.zeros(2, 32), 8)
-    prior = stream.record()["held"][:, 4::4, PRIOR, 0]
+    prior = stream.columns()["held"][:, 4::4, PRIOR, 0]
     assert (prior[0, :3] == 1).all()
     assert (prior[0, 3:].diff() < 0).all()
     assert (prior[1].diff() < 0).all()
-    first = stream.record()["first"][..., 1]
+    first = stream.columns()["first"][..., 1]
     assert (first[0, :13] == 1).all()
     assert first[1, 0] == 1, "without a prompt the response starts at the first token"
     assert first[1, 1] < 1
@@ -322,7 +337,7 @@ def test_prompt_counts_as_hard_and_the_response_less_and_less():
 @given(settings_strategy(), batches(), st.data())
 def test_selected_rows_go_on_independently(settings, batch, data):
     lengths = batch[1]
-    stream = run(settings, PositionPolicy(settings), batch)
+    stream = run(settings, PositionPolicy(RUNGS), batch)
     index = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
     copy = stream.select_rows(torch.tensor(index))
     more = torch.arange(5).repeat(len(lengths), 1)
@@ -330,27 +345,29 @@ def test_selected_rows_go_on_independently(settings, batch, data):
     copy.open_block(more[index], torch.ones(len(index), 5, dtype=torch.bool), False)
     stream.open_block(more, torch.ones(shape, dtype=torch.bool), False)
     for name in ("positions", "opens", "rung", "scale", "held"):
-        assert torch.equal(copy.record()[name], stream.record()[name][index][:, -5:]), name
+        assert torch.equal(getattr(copy.block, name), getattr(stream.block, name)[index]), name
+    assert torch.equal(copy.sums.counts, stream.sums.counts[index])
 
 
 @given(settings_strategy(), batches())
-def test_complexity_of_every_token_is_kept_by_position(settings, batch):
+def test_complexity_of_every_token_is_the_weighted_mean_of_its_signals(settings, batch):
     tokens, lengths, logits, attention, prompts = batch
-    stream = run(settings, PositionPolicy(settings), batch)
-    weights = torch.tensor(settings.chunk.weights)
+    stream = run(settings, PositionPolicy(RUNGS), batch)
+    weights = torch.tensor([settings.chunk.weights[name] for name in SIGNALS])
     for row, length in enumerate(lengths):
         window, decay = settings.signals.novelty_window_tokens, settings.signals.prior_decay_tokens
         novelty = torch.tensor(naive_novelty(tokens[row, :length].tolist(), window))
         prior = positional_prior(torch.arange(length)[None], prompts[row, None], decay)[0]
-        signals = torch.stack([next_token_entropy(logits[row, :length]), novelty, attention[row, :length], prior], -1)
+        signals = torch.stack([next_token_entropy(logits[row, :length]), attention[row, :length], novelty, prior], -1)
         expected = (signals * weights).sum(-1) / weights.sum()
-        torch.testing.assert_close(stream.complexity[row, :length], expected, atol=1e-6, rtol=1e-5)
-        assert ((stream.complexity[row] >= 0) & (stream.complexity[row] <= 1)).all()
+        complexity = row_of(stream.columns(), row)["complexity"]
+        torch.testing.assert_close(complexity, expected, atol=1e-6, rtol=1e-5)
+        assert ((complexity >= 0) & (complexity <= 1)).all()
 
 
 @given(settings_strategy(), batches())
 def test_a_prompt_never_runs_above_the_start_rung(settings, batch):
-    settings = replace(settings, start_rung=2)
-    record = run(settings, PositionPolicy(settings), batch).record()
+    record = run(settings, PositionPolicy(RUNGS), batch).columns()
     in_prompt = record["real"] & record["opens"] & (record["positions"] < batch[-1][:, None])
-    assert (record["rung"][in_prompt] <= 2).all()
+    start = spends(batch).start_rung[:, None].expand_as(in_prompt)
+    assert (record["rung"][in_prompt] <= start[in_prompt]).all()

@@ -10,9 +10,9 @@ import pytest
 
 from policy import ChunkSettings, Fingerprints, KnobCurve, KVSettings, PercentilePolicy, PolicyCheckpoint, Settings
 from runtime import build_ladder, load_adapter, load_model, load_tokenizer
-from runtime.adapter import WEIGHTS_NAME
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.generate.__main__ import main
+from runtime.ladder.adapter import WEIGHTS_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"text", "tokens", "ms_per_token", "mean_rank", "kv_bytes", "kv_bytes_full", "chunks"}
@@ -22,18 +22,17 @@ KEYS = {"text", "tokens", "ms_per_token", "mean_rank", "kv_bytes", "kv_bytes_ful
 def policy(stories_path, stories_adapter, load_model, tmp_path_factory):
     adapter = load_adapter(stories_adapter)
     ladder = build_ladder(adapter, (2, 4, 8))
-    settings = Settings(
-        ladder.rungs, block_tokens=4, chunk=ChunkSettings(2, 6), kv=KVSettings(sink_pages=1, window_tokens=0)
-    )
+    settings = Settings(block_tokens=4, chunk=ChunkSettings(2, 6), kv=KVSettings(sink_pages=1, window_tokens=0))
     prints = Fingerprints(
         model=model_fingerprint(load_model(stories_path)),
         adapter=adapter_fingerprint(adapter),
-        ladder=None,
+        ladder=ladder.fingerprint,
         shared=False,
     )
     folder = tmp_path_factory.mktemp("policies") / "policy"
     curve = KnobCurve((0.3, 0.6, 1.0), (0.0, 1.0, 2.0))
-    PolicyCheckpoint(PercentilePolicy(settings, "complexity"), curve, (0.25, 0.5, 1.0), prints, 0.6).save(folder)
+    policy = PercentilePolicy(ladder.rungs, "complexity")
+    PolicyCheckpoint(policy, settings, curve, (0.25, 0.5, 1.0), prints, 0.6).save(folder)
     return folder
 
 

@@ -5,7 +5,7 @@ import torch
 
 from policy import ChunkSettings, KVSettings, PercentilePolicy
 from runtime import build_ladder, load_adapter
-from runtime.adaptive import activate
+from runtime.reference.adaptive import activate
 from tests.runtime.reference import row_of
 
 DOCUMENTS, TOKENS = 50, 96
@@ -28,8 +28,8 @@ def test_forward_by_single_tokens_equals_decode_on_fifty_documents(
     assert mask.sum(1).min() < mask.sum(1).max(), "documents of different lengths, padded on the left"
     plan = make_plan(
         build_ladder(load_adapter(datapack / "adapters" / "wikitext")),
-        lambda settings: PercentilePolicy(
-            settings, "entropy", torch.linspace(0, 0.7, 101), scales=torch.linspace(1.3, 1, 10), spread=5.0
+        lambda rungs: PercentilePolicy(
+            rungs, "entropy", torch.linspace(0, 0.7, 101), scales=torch.linspace(1.3, 1, 10), spread=5.0
         ),
         knob=4.5,
         block_tokens=1,
@@ -37,14 +37,14 @@ def test_forward_by_single_tokens_equals_decode_on_fifty_documents(
         kv=KV,
     )
     model = load_model(base_model_path)
-    with activate(model, plan) as run:
+    with activate(model, plan, keep_record=True) as run:
         whole = model(ids, attention_mask=mask)
-        once = run.last.stream.record()
+        once = run.last.stream.columns()
         cache = run.new_cache(DOCUMENTS)
         steps = [
             model(ids[:, t, None], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in range(TOKENS)
         ]
-        stepwise = run.last.stream.record()
+        stepwise = run.last.stream.columns()
     assert once["rung"][once["real"]].unique().numel() == 10, "the policy visits every rung"
     for row in range(DOCUMENTS):
         one, other = row_of(once, row), row_of(stepwise, row)
@@ -58,18 +58,18 @@ def test_forward_by_single_tokens_equals_decode_on_fifty_documents(
 def test_generated_tokens_are_decided_as_forward_decides_them(tiny_llama, llama_adapter, make_plan):
     plan = make_plan(
         build_ladder(load_adapter(llama_adapter)),
-        lambda settings: PercentilePolicy(settings, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
+        lambda rungs: PercentilePolicy(rungs, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
         knob=1.6,
         block_tokens=1,
         chunk=ChunkSettings(2, 6),
     )
     prompt = torch.randint(3, 256, (3, 17), generator=torch.Generator().manual_seed(0))
-    with activate(tiny_llama, plan) as run:
+    with activate(tiny_llama, plan, keep_record=True) as run:
         sequences = tiny_llama.generate(prompt, max_new_tokens=40, min_new_tokens=40, do_sample=False)
-        generated = run.last.stream.record()
+        generated = run.last.stream.columns()
         cache = run.new_cache(3, prompt_tokens=torch.tensor([17, 17, 17]))
         logits = tiny_llama(sequences[:, :-1], past_key_values=cache).logits
-        forward = run.last.stream.record()
+        forward = run.last.stream.columns()
     assert generated["rung"].unique().numel() > 2
     for name in ("positions", "opens", "rung", "scale", "held_valid"):
         assert torch.equal(generated[name], forward[name]), name
@@ -83,7 +83,7 @@ def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_ada
     """The shortest prompt waits, seeing only padding, while the longest is still being read."""
     plan = make_plan(
         build_ladder(load_adapter(llama_adapter)),
-        lambda settings: PercentilePolicy(settings, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
+        lambda rungs: PercentilePolicy(rungs, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
         knob=1.6,
         block_tokens=block,
         chunk=ChunkSettings(2, 6),
@@ -92,13 +92,13 @@ def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_ada
     ids = torch.randint(3, 20, (3, 37), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(37) >= torch.tensor([0, 34, 15])[:, None]).long()
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
-    with activate(tiny_llama, plan) as run:
+    with activate(tiny_llama, plan, keep_record=True) as run:
         tokens = tiny_llama.generate(ids * mask, attention_mask=mask, **options)
-        together = run.last.stream.record()
+        together = run.last.stream.columns()
         for row in range(3):
             prompt = ids[row][mask[row].bool()][None]
             alone = tiny_llama.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             assert torch.equal(tokens[row, 37:], alone[0, prompt.shape[1] :])
-            one, other = row_of(together, row), row_of(run.last.stream.record(), 0)
+            one, other = row_of(together, row), row_of(run.last.stream.columns(), 0)
             for name in ("positions", "opens", "rung", "scale", "active", "held_valid"):
                 assert torch.equal(one[name], other[name]), name

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from runtime import adaptive, build_ladder, export, export_rung, load_adapter
-from runtime.adapter import CONFIG_NAME
-from runtime.adaptive import activate
 from runtime.export.__main__ import main
+from runtime.ladder.adapter import CONFIG_NAME
 from runtime.plan import static_plan
+from runtime.reference.adaptive import activate
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
 # Exported folders do not say that GPT-2's linears are transposed; PEFT looks at the model and says so.

@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from policy import ChunkSettings, FixedPolicy, KVSettings, PercentilePolicy
 from runtime import adaptive, build_ladder, export_rung, load_adapter
-from runtime.adaptive import activate
-from runtime.stream import Stream
+from runtime.control.stream import Stream
+from runtime.reference.adaptive import activate
 from tests.runtime.reference import FeaturePolicy, PositionPolicy, row_of
 
 # Rows of one batch sum in another order than alone: a few fp32 roundings of logits of size 10.
@@ -48,8 +48,8 @@ def plan(ladder, make_plan):
     return make
 
 
-def by_entropy(settings):
-    return PercentilePolicy(settings, "entropy", spread=4.0)
+def by_entropy(rungs):
+    return PercentilePolicy(rungs, "entropy", spread=4.0)
 
 
 COMPRESSED = KVSettings("int8", "int4", threshold=0.5, sink_pages=1, window_tokens=8)
@@ -69,14 +69,14 @@ SPARSE = KVSettings("sparse", "dropped", threshold=0.5, sink_pages=1, window_tok
 def test_padded_row_in_a_batch_equals_the_row_alone(tiny_llama, plan, side, policy_of, kv):
     rows = texts()
     settled = plan(policy_of, 1.4, **({} if kv is None else {"kv": kv}))
-    with activate(tiny_llama, settled) as run:
+    with activate(tiny_llama, settled, keep_record=True) as run:
         ids, mask = padded(rows, side, width=64)
         together = tiny_llama(ids, attention_mask=mask).logits
-        record, formats = run.last.stream.record(), run.last.page_formats()
+        record, formats = run.last.stream.columns(), run.last.page_formats()
         for i, row in enumerate(rows):
             alone = tiny_llama(row[None]).logits[0]
             torch.testing.assert_close(together[i][mask[i].bool()], alone, **CLOSE)
-            own, single = row_of(record, i), row_of(run.last.stream.record(), 0)
+            own, single = row_of(record, i), row_of(run.last.stream.columns(), 0)
             assert all(torch.equal(own[name], single[name]) for name in DECIDED)
             pages = run.last.page_formats()
             assert torch.equal(formats[i, : pages.shape[1]], pages[0])
@@ -113,15 +113,15 @@ class ChangingOnce(PositionPolicy):
 def test_prefill_in_two_calls_equals_one(tiny_llama, plan, policy_of):
     """Calls of whole blocks; the mask covers what the cache holds, padding included."""
     ids, mask = padded(texts((48, 48)), "left")
-    with activate(tiny_llama, plan(policy_of)) as run:
-        whole, record = tiny_llama(ids).logits, run.last.stream.record()
+    with activate(tiny_llama, plan(policy_of), keep_record=True) as run:
+        whole, record = tiny_llama(ids).logits, run.last.stream.columns()
         cache = run.new_cache(2)
         parts = [
             tiny_llama(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache).logits
             for part in (slice(0, 16), slice(16, 40), slice(40, 48))
         ]
         torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
-        again = run.last.stream.record()
+        again = run.last.stream.columns()
     assert all(torch.equal(record[name], again[name]) for name in DECIDED)
 
 
@@ -140,13 +140,13 @@ def test_block_size_changes_nothing_at_a_fixed_rung(tiny_llama, llama_adapter, l
 def test_the_future_changes_no_earlier_decision_of_a_real_model(tiny_llama, plan, block, kv):
     row = texts((41,))[0]
     settled = plan(FeaturePolicy, block_tokens=block, **({} if kv is None else {"kv": kv}))
-    with activate(tiny_llama, settled) as run:
-        before, decided = tiny_llama(row[None]).logits[0], row_of(run.last.stream.record(), 0)
+    with activate(tiny_llama, settled, keep_record=True) as run:
+        before, decided = tiny_llama(row[None]).logits[0], row_of(run.last.stream.columns(), 0)
         for change in (1, 16, 33):
             other = row.clone()
             other[change:] = (row[change:] + 50) % 250
             after = tiny_llama(other[None]).logits[0]
-            again = row_of(run.last.stream.record(), 0)
+            again = row_of(run.last.stream.columns(), 0)
             for name in decided:
                 assert torch.equal(decided[name][:change], again[name][:change]), (name, change)
             torch.testing.assert_close(after[:change], before[:change], **CLOSE)
@@ -216,7 +216,7 @@ def test_return_values_as_asked_for(tiny_llama, llama_adapter):
 def test_branches_of_a_cache_go_on_independently(tiny_llama, plan):
     rows = texts((40, 40))
     more = texts((6, 6, 6), seed=1)
-    with activate(tiny_llama, plan(by_entropy, 1.4, kv=COMPRESSED)) as run:
+    with activate(tiny_llama, plan(by_entropy, 1.4, kv=COMPRESSED), keep_record=True) as run:
         cache = run.new_cache(2)
         tiny_llama(torch.stack(rows), past_key_values=cache)
         branches = cache.select_rows(torch.tensor([1, 0, 1]))
@@ -310,16 +310,16 @@ def test_trace_needs_a_forward_first(tiny_llama, llama_adapter):
 
 def test_mean_rank_is_that_of_the_record(tiny_llama, plan):
     ids, mask = padded(texts(), "left")
-    with activate(tiny_llama, plan(fade_tokens=1)) as run:
+    with activate(tiny_llama, plan(fade_tokens=1), keep_record=True) as run:
         tiny_llama(
             ids, attention_mask=mask, past_key_values=run.new_cache(5, prompt_tokens=torch.tensor([9, 0, 30, 1, 4]))
         )
-        record, (response, prompt) = run.last.stream.record(), run.mean_rank([20, 5, 61, 1, 48])
+        record, (response, prompt) = run.last.stream.columns(), run.mean_rank()
     ranks, prompts = torch.tensor(run.plan.ladder.rungs).float(), [9, 0, 30, 1, 4]
     sums = {"response": [], "prompt": []}
-    for i, length in enumerate([20, 5, 61, 1, 48]):
+    for i in range(5):
         own = row_of(record, i)
-        for t in range(length):
+        for t in range(len(own["rung"])):
             sums["prompt" if t < prompts[i] else "response"].append(float(ranks[own["rung"][t]]))
     assert response == pytest.approx(sum(sums["response"]) / len(sums["response"]))
     assert prompt == pytest.approx(sum(sums["prompt"]) / len(sums["prompt"]))
@@ -327,7 +327,7 @@ def test_mean_rank_is_that_of_the_record(tiny_llama, plan):
 
 @pytest.mark.parametrize("probed", [1, 2, 3, 5, 8])
 def test_probed_layers_are_evenly_spaced_and_end_in_the_last(probed):
-    from runtime.attention import AttentionProbe
+    from runtime.reference.attention import AttentionProbe
 
     for layers in range(1, 40):
         chosen = sorted(AttentionProbe(layers, probed, 2).layers)

@@ -8,10 +8,11 @@ from torch import nn
 
 from policy import FADES, ChunkSettings
 from runtime import build_ladder, load_adapter
-from runtime.adapter import Adapter, LoraFactors
-from runtime.adaptive import activate
-from runtime.gate import AdaptedLinear, Gate
 from runtime.ladder import Ladder
+from runtime.ladder.adapter import Adapter, LoraFactors
+from runtime.ladder.formats import BITS
+from runtime.reference.adaptive import activate
+from runtime.reference.gate import AdaptedLinear, Gate
 from tests.runtime.reference import PositionPolicy, definition_hooks, rung_by_rung, weights_of
 
 CPU = torch.device("cpu")
@@ -27,7 +28,13 @@ def random_ladder(ranks: list[list[int]], seed: int) -> Ladder:
         draw = [torch.randn(*shape, generator=generator) / 4 for shape in ((full, 6 + m), (9, full))]
         modules[f"m{m}"] = LoraFactors(*draw, 1.0)
     ladder = build_ladder(Adapter(None, None, modules))
-    return Ladder("test", tuple(range(len(ranks[0]))), ladder.modules, torch.tensor(ranks).T.contiguous())
+    edges = torch.tensor(ranks).T[..., None].repeat(1, 1, len(BITS))
+    return Ladder("test", tuple(range(len(ranks[0]))), ladder.modules, edges, "none")
+
+
+def width(directions):
+    """How many directions are read; none of a module without any."""
+    return 0 if directions is None else directions.shape[-1]
 
 
 columns = st.integers(1, 4).flatmap(
@@ -53,7 +60,7 @@ def test_gated_update_is_the_weighted_sum_of_rungs(ranks, rows, tokens, seed):
         got = hook(nn.Identity(), (x,), torch.zeros(rows, tokens, 9))
         torch.testing.assert_close(got.double(), rung_by_rung(ladder, name, x, weights), **CLOSE)
         # no more directions than the active rung has: what is not needed is not computed
-        assert gate.directions(gate.column[name]).shape[-1] == ranks[m][active]
+        assert width(gate.directions(gate.column[name])) == ranks[m][active]
 
 
 @given(columns, st.integers(0, 1000))
@@ -65,7 +72,9 @@ def test_one_hot_weights_gate_exactly_a_prefix(ranks, seed):
         gate.set(weights, len(ladder.rungs) - 1)
         for m, name in enumerate(ladder.modules):
             expected = (torch.arange(ranks[m][-1]) < ranks[m][j]) * 1.125
-            assert torch.equal(gate.directions(gate.column[name])[0, 0], expected)
+            found = gate.directions(gate.column[name])
+            assert width(found) == ranks[m][-1]
+            assert found is None or torch.equal(found[0, 0], expected)
 
 
 def test_modules_of_equal_ranks_share_their_gate(llama_adapter):
@@ -104,10 +113,10 @@ def test_forward_with_fades_equals_the_definition(
     plan = make_plan(ladder, PositionPolicy, torch.tensor([0.0, 7.0]), chunk=chunk, fade_tokens=fade, block_tokens=5)
     tokens = torch.randint(3, 256, (2, 61), generator=torch.Generator().manual_seed(fade))
     model = tiny_llama_factory()
-    with activate(model, plan) as run:
+    with activate(model, plan, keep_record=True) as run:
         logits = model(tokens).logits
-        record = run.last.stream.record()
-        weights = weights_of(record, plan.settings)
+        record = run.last.stream.columns()
+        weights = weights_of(record, plan.settings, len(rungs), len(rungs) - 1)
         # the pass that measures training targets, without cache and blocks, gives the same
         gated = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights.float())
         torch.testing.assert_close(gated, logits, **CLOSE)

@@ -25,8 +25,8 @@ from policy import (
     Settings,
 )
 from runtime import adaptive, build_ladder, generate, load_adapter, load_tokenizer
-from runtime.adaptive import activate
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
+from runtime.reference.adaptive import activate
 from tests.runtime.conftest import PACK_ADAPTERS
 from tests.runtime.reference import PositionPolicy
 
@@ -219,22 +219,28 @@ def test_parallel_rows_of_sampling_have_their_own_chunks(tiny_llama, llama_adapt
         build_ladder(load_adapter(llama_adapter)), PositionPolicy, chunk=ChunkSettings(2, 6), block_tokens=8
     )
     options = {"do_sample": True, "num_return_sequences": 2, "pad_token_id": 0}
-    with activate(tiny_llama, plan) as run:
+    with activate(tiny_llama, plan, keep_record=True) as run:
         set_seed(0)
         tiny_llama.generate(**prompts, **options, **exactly(30))
         for row, length in enumerate([46, 46, 33, 33, 40, 40]):
             assert sum(chunk.length for chunk in run.trace(row, length)) == length
 
 
-def save_policy(folder, model, adapter_path, kv=FULL_KV):
+def save_policy(folder, model, adapter_path, kv=FULL_KV, shared=False):
     adapter = load_adapter(adapter_path)
     ladder = build_ladder(adapter, (2, 4, 8))
-    settings = Settings(ladder.rungs, block_tokens=4, chunk=ChunkSettings(2, 6), kv=kv)
+    settings = Settings(block_tokens=4, chunk=ChunkSettings(2, 6), kv=kv)
     PolicyCheckpoint(
-        PercentilePolicy(settings, "complexity", spread=1.0),
+        PercentilePolicy(ladder.rungs, "complexity", spread=1.0),
+        settings,
         KnobCurve((0.3, 0.6, 1.0), (0.0, 1.0, 2.0)),
         (0.25, 0.5, 1.0),
-        Fingerprints(model=model_fingerprint(model), adapter=adapter_fingerprint(adapter), ladder=None, shared=False),
+        Fingerprints(
+            model=model_fingerprint(model),
+            adapter=adapter_fingerprint(adapter),
+            ladder=ladder.fingerprint,
+            shared=shared,
+        ),
         default_budget=0.6,
     ).save(folder)
     return folder

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from policy import DEFAULT_RUNGS
 from runtime import build_ladder, load_adapter
-from runtime.adapter import Adapter, LoraFactors
 from runtime.ladder import svd_factors
+from runtime.ladder.adapter import Adapter, LoraFactors
 
 EPS = torch.finfo(torch.float32).eps
 SHAPES = [(64, 64, 8), (160, 64, 8), (1, 7, 1), (7, 1, 1), (63, 100, 33), (5, 100, 16), (100, 5, 16), (3, 3, 8)]

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from runtime import adaptive, build_ladder, load_adapter
-from runtime.adaptive import activate
 from runtime.plan import STATIC_BLOCK_TOKENS, static_plan
+from runtime.reference.adaptive import activate
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -125,8 +125,8 @@ def test_model_without_the_attention_interface_is_refused_in_one_line(make_peft_
 
     folder = make_peft_adapter(make, tmp_path / "adapter", r=2)
     model = make()
-    with adaptive(model, folder), pytest.raises(ValueError, match="attention") as error:
-        model(torch.ones(1, 5).long())
+    with pytest.raises(ValueError, match="attention interface, got FalconForCausalLM") as error:
+        adaptive(model, folder).__enter__()
     assert "\n" not in str(error.value)
 
 

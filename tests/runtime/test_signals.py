@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import PAGE_TOKENS
-from runtime.signals import (
+from runtime.control.signals import (
     NO_TOKEN,
     distant_attention,
     history_tokens,

@@ -11,10 +11,10 @@ import lightning as L
 import pytest
 import torch
 
-from policy import DEFAULT_RUNGS, Settings
+from policy import Settings
 from runtime import build_ladder, load_adapter
-from runtime.adaptive import activate
 from runtime.plan import static_plan
+from runtime.reference.adaptive import activate
 
 # Lightning's advice about loaders and folders that the tests choose on purpose.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -35,7 +35,7 @@ def ladder(llama_adapter):
 @pytest.fixture
 def full_rank_run(tiny_llama, ladder):
     """`tiny_llama` adaptive at the full rank."""
-    with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1])) as run:
+    with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1]), keep_record=True) as run:
         yield run
 
 
@@ -62,7 +62,7 @@ def make_trainer() -> Callable[..., L.Trainer]:
 
 @pytest.fixture(scope="session")
 def settings() -> Settings:
-    return Settings(DEFAULT_RUNGS)
+    return Settings()
 
 
 @dataclass(frozen=True)

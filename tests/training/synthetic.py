@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from policy import DEFAULT_RUNGS, SIGNALS, Summary
-from training.samples import Samples
-from training.settings import FitSettings
+from training.amounts import Amounts
+from training.targets.samples import Samples
 
-SCALES = FitSettings().scales
+SCALES = Amounts().scales
 BEST_SCALE = 1.05
 RANKS = torch.tensor(DEFAULT_RUNGS, dtype=torch.float32)
 

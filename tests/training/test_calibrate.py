@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from policy import FixedPolicy, LearnedPolicy
+from policy import DEFAULT_RUNGS, FixedPolicy, LearnedPolicy
 from tests.training.synthetic import BEST_SCALE, RANKS, SCALES, chunk_samples
-from training.calibrate import best_scales, calibrate_knob, calibrated_settings, knob_grid, lambda_range
-from training.measure import Scores
-from training.targets import Trajectory
+from training.compare.scorer import Scores
+from training.learn.calibrate import best_scales, calibrate_knob, calibrated_settings, knob_grid, lambda_range
+from training.targets.damage import Trajectory
 
 COST = RANKS / RANKS[-1]
 
@@ -40,14 +40,14 @@ def test_a_dip_is_levelled_and_equal_costs_are_one_point():
 def test_mean_cost_weighs_rungs_by_scored_tokens():
     nothing = np.zeros(2)
     rungs, tokens = np.array([[3.0, 1.0], [0.0, 2.0]]), np.array([4.0, 2.0])
-    scores = Scores(nothing, tokens, rungs, nothing, nothing, nothing)
-    assert scores.mean_cost(np.array([0.2, 1.0])) == pytest.approx((3 * 0.2 + 3 * 1.0) / 6)
+    scores = Scores({"kl": nothing}, tokens, rungs, rungs)
+    assert scores.mean(np.array([0.2, 1.0])) == pytest.approx((3 * 0.2 + 3 * 1.0) / 6)
 
 
-def test_knobs_run_evenly_from_cheap_to_dear(settings):
-    policy = LearnedPolicy(settings, log_lambda_range=(-4.0, 2.0))
+def test_knobs_run_evenly_from_cheap_to_dear():
+    policy = LearnedPolicy(DEFAULT_RUNGS, log_lambda_range=(-4.0, 2.0))
     assert knob_grid(policy, 4) == [2.0, 0.0, -2.0, -4.0]
-    assert knob_grid(FixedPolicy(settings), 2) == [0.0, 9.0]
+    assert knob_grid(FixedPolicy(DEFAULT_RUNGS), 2) == [0.0, 9.0]
 
 
 def test_every_rung_gets_the_scale_of_least_mean_damage_and_the_top_keeps_one():
@@ -85,4 +85,4 @@ def test_thresholds_are_terciles_of_complexity_and_pages_split_at_its_median(set
     assert found.chunk.thresholds == pytest.approx((0.4, 0.6), abs=1e-6)
     assert found.chunk.hysteresis == pytest.approx(0.05, abs=1e-6)
     assert found.kv.threshold == pytest.approx(0.5, abs=1e-6)
-    assert (found.rungs, found.chunk.min_tokens, found.kv.hard) == (settings.rungs, 4, settings.kv.hard)
+    assert (found.chunk.min_tokens, found.kv.hard) == (4, settings.kv.hard)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from policy import LearnedPolicy
+from policy import DEFAULT_RUNGS, LearnedPolicy
 from tests.training.synthetic import RANKS, SCALES, chunk_samples
-from training.checkpoint_io import TENSORS, TREE, SafetensorsCheckpointIO, latest
-from training.module import PolicyFit, loader
+from training.learn.checkpoint_io import TENSORS, TREE, SafetensorsCheckpointIO, latest
+from training.learn.module import PolicyFit, loader
 
 IO = SafetensorsCheckpointIO()
 
@@ -95,13 +95,13 @@ def test_a_damaged_or_missing_checkpoint_is_refused_in_one_line(tmp_path):
 
 
 @pytest.fixture
-def train(tmp_path, make_trainer, settings):
+def train(tmp_path, make_trainer):
     """`train(epochs, resume=None)`: the policy after training on synthetic chunks, checkpoints under tmp_path."""
     samples, held_out = (chunk_samples(torch.maximum, count, seed=count) for count in (96, 40))
 
     def run(epochs: int, resume=None):
         torch.manual_seed(0)
-        policy = LearnedPolicy(settings, hidden=8, log_lambda_range=(-6.0, 2.0))
+        policy = LearnedPolicy(DEFAULT_RUNGS, hidden=8, log_lambda_range=(-6.0, 2.0))
         policy.calibrate(samples.features, samples.damage[..., 0])
         module = PolicyFit(policy.train(), SCALES, RANKS, torch.ones(len(RANKS)), learning_rate=3e-3, seed=5)
         keep = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)

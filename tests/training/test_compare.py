@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from policy import FixedPolicy, KnobCurve, PercentilePolicy, Settings
-from training.compare import Curve, Point, areas, fixed_curve, judge, policy_curve, table
-from training.measure import Scores
-from training.oracle import oracle_rungs
+from training.compare.curves import Curve, Point, fixed_curve, policy_curve
+from training.compare.hindsight import oracle_rungs
+from training.compare.scorer import Scores
+from training.compare.verdict import areas, judge, table
 
 RUNGS = (4, 8, 16, 24, 32)
 RUNG_RANK = np.array(RUNGS, dtype=float)
@@ -24,7 +25,7 @@ def scores(rank: float, kl, tokens=None) -> Scores:
     share = (rank - RUNG_RANK[right - 1]) / (RUNG_RANK[right] - RUNG_RANK[right - 1])
     rungs = np.zeros((DOCUMENTS, len(RUNGS)))
     rungs[:, right - 1], rungs[:, right] = (1 - share) * tokens, share * tokens
-    return Scores(kl * tokens, tokens, rungs, 12.0 * tokens, tokens, 2.0 * tokens)
+    return Scores({"kl": kl * tokens, "perplexity": 2.0 * tokens}, tokens, rungs, rungs)
 
 
 def curve(name: str, points: list[tuple[float, object]]) -> Curve:
@@ -184,20 +185,23 @@ class Recorder:
     def __init__(self):
         self.asked = []
 
-    def measure(self, policy, settings, knob):
-        self.asked.append((settings.start_rung, knob))
+    def measure(self, policy, settings, operating):
+        assert len(operating) == 1
+        assert operating.kv.is_full, "the comparison judges rank alone"
+        knob = float(operating.knob)
+        self.asked.append((int(operating.start_rung), knob))
         return scores(float(np.interp(knob, range(len(RUNGS)), RUNG_RANK)), 0.1)
 
 
 def test_fixed_rungs_start_at_themselves():
-    settings, bench = Settings(RUNGS), Recorder()
-    assert len(fixed_curve(FixedPolicy(settings), settings, bench).points) == len(RUNGS) - 1
+    settings, bench = Settings(), Recorder()
+    assert len(fixed_curve(FixedPolicy(RUNGS), settings, bench).points) == len(RUNGS) - 1
     assert bench.asked == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_knobs_are_set_on_validation_and_test_is_asked_once_per_aim():
-    settings, validation, test = Settings(RUNGS), Recorder(), Recorder()
-    policy = PercentilePolicy(settings, "entropy", spread=0.0)
+    settings, validation, test = Settings(), Recorder(), Recorder()
+    policy = PercentilePolicy(RUNGS, "entropy", spread=0.0)
     cost = RUNG_RANK / RUNG_RANK[-1]
     found = policy_curve("percentile", policy, settings, validation, test, cost, range(len(RUNGS) - 1))
     assert isinstance(found.knob_curve, KnobCurve)
@@ -206,7 +210,8 @@ def test_knobs_are_set_on_validation_and_test_is_asked_once_per_aim():
     knobs = [knob for _, knob in test.asked]
     assert knobs == sorted(knobs)
     for rung, knob in enumerate(knobs):
-        assert knob == found.knob_curve.knob(float(cost[rung]))
+        # knobs are float32 where rows carry them
+        assert knob == torch.tensor(found.knob_curve.knob(float(cost[rung]))).item()
     assert all(start in range(len(RUNGS)) for start, _ in validation.asked)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from runtime import load_tokenizer
+from training.amounts import Amounts
 from training.documents import batches, load_corpus, load_split, make_batch
-from training.settings import FitSettings
 
-FIT = FitSettings(train_documents=12, validation_documents=6, test_documents=6, max_tokens=40, min_completion_tokens=8)
+FIT = Amounts(train_documents=12, validation_documents=6, test_documents=6, max_tokens=40, min_completion_tokens=8)
 
 
 @pytest.fixture(scope="module")

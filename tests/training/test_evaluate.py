@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 
 import training.documents
-from policy import FixedPolicy, KnobCurve, PercentilePolicy, PolicyCheckpoint, Settings
+from policy import FixedPolicy, KnobCurve, Operating, PercentilePolicy, PolicyCheckpoint, Settings
 from runtime import build_ladder, load_adapter, load_model, load_tokenizer
-from runtime.adaptive import activate
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.plan import RunPlan, plan_run
+from runtime.reference.adaptive import activate
+from training.amounts import Amounts
 from training.documents import batches, load_corpus
 from training.evaluate import evaluate, load_examples, main, measure_perplexity
 from training.progress import with_progress
-from training.settings import FitSettings
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +81,15 @@ def test_perplexity_at_the_top_rung_is_that_of_pefts_merged_model(case, base, ar
 @pytest.fixture
 def moving_policy(case, base, tmp_path):
     """A policy that moves between rungs, with 16-token blocks and a compressed KV cache."""
-    settings = Settings((2, 4, 6, 8), block_tokens=16)
+    settings = Settings(block_tokens=16)
     settings = replace(settings, kv=replace(settings.kv, sink_pages=0, window_tokens=16, threshold=0.0))
     fingerprints = {
         "model": model_fingerprint(base), "adapter": adapter_fingerprint(load_adapter(case.adapter)), "ladder": None,
         "shared": False,
     }  # fmt: skip
-    policy = PercentilePolicy(settings, "prior", spread=1.5)
+    policy = PercentilePolicy((2, 4, 6, 8), "prior", spread=1.5)
     curve = KnobCurve((0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0))
-    PolicyCheckpoint(policy, curve, (0.25, 0.5, 0.75, 1.0), fingerprints, 0.5).save(tmp_path / "policy")
+    PolicyCheckpoint(policy, settings, curve, (0.25, 0.5, 0.75, 1.0), fingerprints, 0.5).save(tmp_path / "policy")
     return str(tmp_path / "policy")
 
 
@@ -126,12 +126,12 @@ def test_a_budget_moves_the_mean_rank_and_a_rung_fixes_it(arguments, moving_poli
 def test_scored_tokens_are_those_of_a_naive_count_and_a_fixed_budget_holds_from_the_first_token(
     base, case, examples, arguments
 ):
-    settings = Settings((2, 8), block_tokens=8, fade_tokens=1)
+    settings = Settings(block_tokens=8, fade_tokens=1)
     prints = {
         "model": model_fingerprint(base), "adapter": adapter_fingerprint(load_adapter(case.adapter)), "ladder": None,
         "shared": False,
     }  # fmt: skip
-    checkpoint = PolicyCheckpoint(FixedPolicy(settings), None, (0.25, 1.0), prints, 0.25)
+    checkpoint = PolicyCheckpoint(FixedPolicy((2, 8)), settings, None, (0.25, 1.0), prints, 0.25)
     (*_, run) = evaluate(**arguments, policy=checkpoint)
     scored = sum(
         t + 1 >= example["prompt_tokens"] for example in examples for t in range(len(example["input_ids"]) - 1)
@@ -143,15 +143,15 @@ def test_scored_tokens_are_those_of_a_naive_count_and_a_fixed_budget_holds_from_
 def test_scored_tokens_and_mean_rank_are_those_of_a_naive_count(base, case, examples):
     """The top rung first, the cheapest from the first decision on: every document alone, token by token."""
     ladder = build_ladder(load_adapter(case.adapter), [2, 8])
-    settings = Settings((2, 8), block_tokens=8, fade_tokens=1, start_rung=1)
-    plan = RunPlan(ladder, FixedPolicy(settings), settings, 0.0)
+    settings = Settings(block_tokens=8, fade_tokens=1)
+    plan = RunPlan((ladder,), FixedPolicy((2, 8)), settings, Operating.at(0.0, 1))
     found = measure_perplexity("moving", base, plan, examples)
     ranks, prompt_ranks = [], []
-    with activate(base, plan) as run:
+    with activate(base, plan, keep_record=True) as run:
         for example in examples:
             cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
             run.forward(torch.tensor([example["input_ids"]]), past_key_values=cache)
-            active = [(2, 8)[rung] for rung in cache.stream.record()["active"][0].tolist()]
+            active = [(2, 8)[rung] for rung in cache.stream.columns()["active"][0].tolist()]
             ranks += [rank for t, rank in enumerate(active[:-1]) if t + 1 >= example["prompt_tokens"]]
             prompt_ranks += active[: example["prompt_tokens"]]
     assert found.scored_tokens == len(ranks)
@@ -219,7 +219,7 @@ def test_the_test_part_of_one_file_is_what_a_fit_of_it_never_saw(case, base, run
     assert ids["train"] | ids["validation"] | ids["test"] == ids["all"]
     assert sum(map(len, ids.values())) == 2 * len(ids["all"]) == 80
     for train_documents in (4, 400):
-        fit = FitSettings(train_documents=train_documents, min_completion_tokens=8)
+        fit = Amounts(train_documents=train_documents, min_completion_tokens=8)
         corpus = load_corpus(str(path), tokenizer, fit, seed=0)
         assert {example["id"] for example in (*corpus.train, *corpus.validation)} <= ids["train"] | ids["validation"]
         assert {example["id"] for example in corpus.test} <= ids["test"]
@@ -233,7 +233,7 @@ def test_batches_shrink_with_the_vocabulary(base, examples, case, monkeypatch):
     widths = []
     make_batch = training.documents.make_batch
     monkeypatch.setattr(training.documents, "make_batch", lambda rows: widths.append(len(rows)) or make_batch(rows))
-    monkeypatch.setattr("training.evaluate.LOGITS_BYTES", 2 * 64 * 256 * 4)
+    monkeypatch.setattr("training.compare.scorer.LOGITS_BYTES", 2 * 64 * 256 * 4)
     small = measure_perplexity("full rank", base, plan, examples)
     assert max(widths) <= 3
     assert sum(widths) == len(examples)

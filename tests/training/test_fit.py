@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from policy import ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
+from policy import SIGNALS, ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
 from runtime import generate, load_model, load_tokenizer
+from training.amounts import Amounts
+from training.compare.tradeoff import flat, write_report
+from training.compare.verdict import MEASURABLE_NATS
 from training.fit import main, make_parser
-from training.report import flat, write_report
-from training.settings import FitSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CURVES = ("fixed", "percentile", "learned", "random", "oracle")
@@ -54,7 +55,7 @@ def test_the_output_folder_holds_what_was_promised_and_no_scratch_files(fitted):
     assert events
     assert names - events <= {
         "summary.json", "policy", "learned", "tradeoff.csv", "tradeoff.png", "targets", "checkpoints", "latency.json",
-        "hparams.yaml", "round-0", "round-1",
+        "hparams.yaml", "round-0", "round-1", "ladder",
     }  # fmt: skip
     assert {"summary.json", "policy", "tradeoff.csv", "tradeoff.png", "targets"} <= names
     assert not [path for path in fitted.rglob("*") if path.name.startswith(".") or path.suffix in (".pt", ".ckpt")]
@@ -77,8 +78,10 @@ def test_the_summary_has_every_key_and_only_finite_numbers(fitted, case):
             assert 2 <= row["mean_rank"] <= 8
             assert row["kl"] >= 0
             assert ("log_lambda" in row) == (name == "learned")
-    low, high = summary["captured"]["interval_95"]
-    assert low <= high
+    low, high = summary["headroom"]["interval_95"]
+    assert 0 <= low <= summary["headroom"]["nats"] <= high
+    captured = summary["captured"]
+    assert (captured["share"] is None) == (captured["interval_95"] is None) == (low <= MEASURABLE_NATS)
     assert summary["exported"] in ("learned", "fixed")
 
 
@@ -131,12 +134,14 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     assert hp <= scalars.keys()
     every = {"model", "adapter", "dataset", "seed", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
     for name, settings in (
-        ("amounts", FitSettings),
+        ("amounts", Amounts),
         ("signals", SignalSettings),
         ("chunk", ChunkSettings),
         ("kv", KVSettings),
     ):
         every |= {f"settings.{name}.{field.name}" for field in fields(settings)}
+    every -= {"settings.chunk.weights"}
+    every |= {f"settings.chunk.weights.{signal}" for signal in SIGNALS}
     assert hparams.keys() == every
     assert hparams["settings.amounts.epochs"].number_value == CHANGES["amounts.epochs"]
     assert hparams["rungs"].string_value == "[2, 4, 6, 8]"

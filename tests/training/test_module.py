@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from policy import LearnedPolicy
+from policy import DEFAULT_RUNGS, LearnedPolicy
 from tests.training.synthetic import RANKS, SCALES, chunk_samples
-from training.module import PolicyFit, interpolate_scale, loader
+from training.learn.module import PolicyFit, interpolate_scale, loader
 
 GRID = torch.tensor(SCALES)
 RUNG_MS = torch.linspace(1, 2, len(RANKS))
@@ -36,9 +36,11 @@ def test_a_parabola_is_met_between_the_scales_and_its_ends_stand_outside():
 
 
 @pytest.fixture
-def module(settings):
+def module():
     torch.manual_seed(0)
-    policy = LearnedPolicy(settings, hidden=8, scale_range=0.2, log_lambda_range=(-5.0, 1.0), cost=RANKS / RANKS[-1])
+    policy = LearnedPolicy(
+        DEFAULT_RUNGS, hidden=8, scale_range=0.2, log_lambda_range=(-5.0, 1.0), cost=RANKS / RANKS[-1]
+    )
     for parameter in policy.parameters():  # heads start at zero, where half of the gradients vanish
         torch.nn.init.normal_(parameter, std=0.3)
     policy.log_temperature.data.fill_(-2.0)

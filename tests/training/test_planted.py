@@ -3,22 +3,46 @@
 Trained, calibrated, measured and judged by the code that a real fit runs; only the targets are synthetic.
 """
 
+import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from policy import DEFAULT_RUNGS, SIGNALS, FixedPolicy, LearnedPolicy, PercentilePolicy, RandomPolicy, Settings
+from policy import (
+    DEFAULT_RUNGS,
+    SIGNALS,
+    FixedPolicy,
+    LatencyTable,
+    LearnedPolicy,
+    PercentilePolicy,
+    RandomPolicy,
+    Settings,
+    Summary,
+)
 from policy.percentile import COMPLEXITY
+from runtime.ladder import Ladder, LadderFactors
+from runtime.ladder.formats import BITS
 from tests.training.synthetic import RANKS, SCALES, chunk_samples, shuffled
-from training.bench import TableBench, summary_of
-from training.calibrate import best_scales, lambda_range
-from training.compare import VERDICT_RANKS, Curve, fixed_curve, judge, oracle_curve, policy_curve
-from training.module import PolicyFit, loader
-from training.samples import Samples
-from training.settings import FitSettings
+from tests.training.table_bench import TableBench, TableOracle
+from training.amounts import Amounts
+from training.compare.curves import Curve, fixed_curve, oracle_curve, policy_curve
+from training.compare.verdict import VERDICT_RANKS, judge
+from training.documents import Corpus
+from training.learn.calibrate import best_scales
+from training.learn.train import new_policy, train_round
+from training.targets.samples import Samples
+from training.task import AdapterTask, FitContext
 
-FIT = FitSettings()
+FIT = Amounts()
+# Of the ladder only the bytes of its rungs matter here: one module of rank 64.
+LADDER = Ladder(
+    "planted",
+    DEFAULT_RUNGS,
+    {"m": LadderFactors(*torch.zeros(2, 64, 8), torch.zeros(64))},
+    torch.tensor(DEFAULT_RUNGS)[:, None, None].repeat(1, 1, len(BITS)),
+    "none",
+)
 COST = RANKS / RANKS[-1]
 RUNG_RANK = RANKS.double().numpy()
 AIMS = range(len(DEFAULT_RUNGS) - 1)
@@ -44,28 +68,21 @@ class Outcome:
         return judge(curves, DEFAULT_RUNGS, RUNG_RANK, resamples=100, seed=0)
 
 
-def train(samples: Samples, held_out: Samples, make_trainer, seed: int) -> LearnedPolicy:
-    """As `pipeline.train_policy` does for one round, at the default settings of a fit."""
-    reach = lambda_range(samples.damage.amin(2), samples.tokens, COST)
-    torch.manual_seed(seed)
-    policy = LearnedPolicy(
-        Settings(DEFAULT_RUNGS), hidden=FIT.hidden, scale_range=SCALES[-1] - 1, log_lambda_range=reach, cost=COST
-    )
-    policy.calibrate(samples.features, samples.damage[..., 0])
-    module = PolicyFit(
-        policy.train(), SCALES, RANKS, torch.ones(len(RANKS)), learning_rate=FIT.learning_rate, seed=seed
-    )
-    make_trainer(max_epochs=FIT.epochs).fit(
-        module, loader(samples, FIT.batch_chunks, seed=seed), loader(held_out, FIT.batch_chunks)
-    )
-    return policy.eval()
+def train(samples: Samples, held_out: Samples, make_trainer, seed: int, folder) -> LearnedPolicy:
+    """The pipeline's own stage, given planted samples."""
+    saving = functools.partial(make_trainer, enable_checkpointing=True)
+    context = FitContext(None, "model", FIT, seed, folder, saving, lambda message: None)
+    tasks = [AdapterTask("planted", LADDER, Corpus([], [], []))]
+    policy = new_policy(context, tasks, samples)
+    train_round(context, tasks, policy, samples, held_out, LatencyTable("none", (1.0,) * len(RANKS), 1.0, 0.0), 0)
+    return policy.cpu().eval()
 
 
-def play(parts: tuple[Samples, Samples, Samples], make_trainer, seed: int) -> Outcome:
+def play(parts: tuple[Samples, Samples, Samples], make_trainer, seed: int, folder) -> Outcome:
     """Train on the first part, set knobs on the second, measure on the third."""
     training = parts[0]
-    learned = train(training, parts[1], make_trainer, seed)
-    settings = learned.settings
+    learned = train(training, parts[1], make_trainer, seed, folder)
+    settings = Settings()
     validation, test = (
         TableBench(part, torch.arange(len(part)) // CHUNKS_PER_DOCUMENT, SCALES, RANKS) for part in parts[1:]
     )
@@ -74,17 +91,17 @@ def play(parts: tuple[Samples, Samples, Samples], make_trainer, seed: int) -> Ou
     def curve(name, policy):
         return policy_curve(name, policy, settings, validation, test, COST.double().numpy(), AIMS)
 
-    summary = summary_of(training.features)
+    summary = Summary.from_features(training.features)
     percentiles = {}
     for signal in (*SIGNALS, COMPLEXITY):
-        value, known = PercentilePolicy(settings, signal).value(summary)
-        policy = PercentilePolicy.calibrate(value[known], settings, signal, scales=scales)
+        value, known = PercentilePolicy(DEFAULT_RUNGS, signal).value(summary)
+        policy = PercentilePolicy.calibrate(value[known], DEFAULT_RUNGS, signal, scales=scales)
         percentiles[signal] = curve("percentile", policy)
     curves = {
-        "fixed": fixed_curve(FixedPolicy(settings, scales), settings, test),
+        "fixed": fixed_curve(FixedPolicy(DEFAULT_RUNGS, scales), settings, test),
         "learned": curve("learned", learned),
-        "random": curve("random", RandomPolicy(settings, seed=seed, scales=scales)),
-        "oracle": oracle_curve(settings, test, RUNG_RANK, AIMS),
+        "random": curve("random", RandomPolicy(DEFAULT_RUNGS, seed=seed, scales=scales)),
+        "oracle": oracle_curve(settings, TableOracle(test), RUNG_RANK, AIMS),
     }
     return Outcome(curves, percentiles)
 
@@ -98,8 +115,8 @@ def planted(kind: str, seed: int) -> tuple[Samples, Samples, Samples]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", HARDNESS)
-def test_planted_headroom_is_captured(kind, seed, make_trainer):
-    outcome = play(planted(kind, seed), make_trainer, seed)
+def test_planted_headroom_is_captured(kind, seed, make_trainer, tmp_path):
+    outcome = play(planted(kind, seed), make_trainer, seed, tmp_path)
     for signal in (*SIGNALS, COMPLEXITY):
         verdict = outcome.verdict(signal)
         assert verdict.ranks == VERDICT_RANKS
@@ -112,9 +129,9 @@ def test_planted_headroom_is_captured(kind, seed, make_trainer):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", HARDNESS)
-def test_shuffled_targets_export_the_fixed_rung(kind, seed, make_trainer):
+def test_shuffled_targets_export_the_fixed_rung(kind, seed, make_trainer, tmp_path):
     parts = tuple(shuffled(part, seed + i) for i, part in enumerate(planted(kind, seed)))
-    outcome = play(parts, make_trainer, seed)
+    outcome = play(parts, make_trainer, seed, tmp_path)
     for signal in (*SIGNALS, COMPLEXITY):
         verdict = outcome.verdict(signal)
         assert verdict.exported == "fixed", verdict.reason

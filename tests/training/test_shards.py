@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from training.collect import collect_shards
-from training.shards import ShardStore
+from training.targets.collect import collect_shards
+from training.targets.shards import ShardStore
 
 KEY = {"model": "abc", "documents": 7}
 
@@ -85,10 +85,23 @@ def test_collecting_makes_only_what_is_missing(store, make_trainer):
         return tensors(index)
 
     store.write(3, tensors(3))
-    model = torch.nn.Linear(1, 1)
+    model = tiny_model()
     assert collect_shards(store, collect, model, make_trainer) == 4
     assert made == [0, 1, 2, 4]
     assert collect_shards(store, collect, model, make_trainer) == 0
+
+
+def tiny_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def bytes_of(folder):
@@ -106,12 +119,12 @@ def test_shards_do_not_depend_on_the_world_size(tmp_path, make_trainer):
     for world in (1, 2):
         store = ShardStore(tmp_path / str(world), "tables", KEY, 5)
         spread = {"devices": world, "strategy": "ddp_fork"} if world > 1 else {}
-        collect_shards(store, collect, torch.nn.Linear(1, 1), functools.partial(make_trainer, **spread))
+        collect_shards(store, collect, tiny_model(), functools.partial(make_trainer, **spread))
         assert store.missing() == []
         folders.append(store.folder)
     workers = {path.name.rsplit("-", 1)[1] for path in tmp_path.glob("made-*")}
     assert len(workers) == 3, "one process of its own and two forked ones"
     assert bytes_of(folders[0]) == bytes_of(folders[1])
     next(folders[1].glob("shard-00002.json")).unlink()
-    assert collect_shards(store, collect, torch.nn.Linear(1, 1), make_trainer) == 1
+    assert collect_shards(store, collect, tiny_model(), make_trainer) == 1
     assert bytes_of(folders[0]) == bytes_of(folders[1])

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from policy import SIGNALS, STATS, ChunkSettings, PercentilePolicy, Settings
-from runtime.adaptive import activate
+from policy import SIGNALS, STATS, ChunkSettings, Operating, PercentilePolicy, Settings
 from runtime.export import export_rung
 from runtime.plan import RunPlan
+from runtime.reference.adaptive import activate
+from training.amounts import Amounts
 from training.documents import make_batch
-from training.samples import LaterDamage, Samples, chunk_samples, measure_later_damage
-from training.settings import FitSettings
-from training.targets import Trajectory, damage_table, later_damage, token_kl, trajectories
+from training.targets.damage import Trajectory, damage_table, later_damage, token_kl, trajectories
+from training.targets.samples import LaterDamage, Samples, chunk_samples, measure_later_damage
 
 GRID = (1.0, 1.2)
 NATS = {"atol": 2e-5, "rtol": 1e-3}
@@ -88,7 +88,7 @@ def test_a_table_in_slices_is_the_same_table(full_rank_run, ladder, make_example
     widths = []
     gated = full_rank_run.gated
     monkeypatch.setattr(full_rank_run, "gated", lambda ids, *rest: widths.append(len(ids)) or gated(ids, *rest))
-    monkeypatch.setattr("training.targets.LOGITS_BYTES", rows * 20 * 256 * 4)
+    monkeypatch.setattr("training.targets.damage.LOGITS_BYTES", rows * 20 * 256 * 4)
     (sliced,) = damage_table(full_rank_run, [example], scales)
     assert max(widths) == rows
     assert sum(widths) == 1 + 3 * len(GRID)
@@ -130,14 +130,14 @@ def test_immediate_damage_of_a_whole_document_is_its_damage_table(full_rank_run,
 @pytest.fixture
 def moving_plan(ladder):
     """A policy that really moves between rungs, with short chunks and blocks."""
-    settings = Settings(ladder.rungs, block_tokens=8, chunk=ChunkSettings(min_tokens=2, max_tokens=7))
-    return RunPlan(ladder, PercentilePolicy(settings, "prior", spread=3.0), settings, 0.5)
+    settings = Settings(block_tokens=8, chunk=ChunkSettings(min_tokens=2, max_tokens=7))
+    return RunPlan((ladder,), PercentilePolicy(ladder.rungs, "prior", spread=3.0), settings, Operating.at(0.5, 3))
 
 
 def test_trajectories_are_the_chunks_of_every_document_run_alone(tiny_llama, moving_plan, make_example):
     examples = [make_example(n, p, seed=n) for n, p in ((30, 0), (41, 9), (17, 3))]
-    with activate(tiny_llama, moving_plan) as run:
-        found, ranks = trajectories(run, make_batch(examples), moving_plan.knob), set()
+    with activate(tiny_llama, moving_plan, keep_record=True) as run:
+        found, ranks = trajectories(run, make_batch(examples), moving_plan.operating), set()
         for example, path in zip(examples, found, strict=True):
             length = len(example["input_ids"])
             cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
@@ -146,7 +146,7 @@ def test_trajectories_are_the_chunks_of_every_document_run_alone(tiny_llama, mov
             ranks |= {chunk.rung for chunk in chunks}
             assert path.starts.tolist() == [chunk.start for chunk in chunks]
             assert path.complexity.shape == (length,)
-            torch.testing.assert_close(path.complexity, cache.stream.complexity[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(path.complexity, cache.stream.columns()["complexity"][0], atol=1e-5, rtol=0)
             for features, chunk in zip(path.features, chunks, strict=True):
                 for s, signal in enumerate(SIGNALS):
                     known = chunk.signals[signal]
@@ -159,9 +159,9 @@ def test_trajectories_are_the_chunks_of_every_document_run_alone(tiny_llama, mov
 def test_trajectories_take_a_knob_per_row(tiny_llama, moving_plan, make_example):
     """Where the rung moves entropy, the path of a row depends on its own knob and on no other row's."""
     examples = [make_example(40, seed=8)] * 2
-    with activate(tiny_llama, moving_plan) as run:
-        cheap, dear = trajectories(run, make_batch(examples), torch.tensor([-3.0, 6.0]))
-        alone = [trajectories(run, make_batch(examples[:1]), knob)[0] for knob in (-3.0, 6.0)]
+    with activate(tiny_llama, moving_plan, keep_record=True) as run:
+        cheap, dear = trajectories(run, make_batch(examples), Operating.at(torch.tensor([-3.0, 6.0]), 3))
+        alone = [trajectories(run, make_batch(examples[:1]), Operating.at(knob, 3))[0] for knob in (-3.0, 6.0)]
     for together, single in zip((cheap, dear), alone, strict=True):
         torch.testing.assert_close(together.features, single.features, atol=1e-5, rtol=0)
     assert not torch.allclose(cheap.complexity, dear.complexity, atol=1e-4)
@@ -215,7 +215,7 @@ def test_later_damage_is_sampled_without_replacement_and_reported(full_rank_run,
     paths = [
         Trajectory(torch.tensor(starts), torch.zeros(3, 18), torch.zeros(30)) for starts in ([0, 8, 20], [0, 6, 9])
     ]
-    fit = replace(FitSettings(), later_chunks=100, later_tokens=10)
+    fit = replace(Amounts(), later_chunks=100, later_tokens=10)
     found = measure_later_damage(full_rank_run, examples, paths, fit, seed=0)
     # The last chunk of a document has nothing behind it.
     chunks = [(0, 0, 8), (0, 8, 20), (1, 0, 6), (1, 6, 9)]

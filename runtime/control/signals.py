@@ -1,0 +1,85 @@
+"""The complexity signals: pure functions of tensors, causal, in [0, 1], constant work per token.
+
+    entropy    H / log V of the next-token distribution          known once the model has processed the token
+    novelty    share of trailing n-grams not seen in a window    known from the tokens alone
+    attention  attention mass beyond the most recent pages       known once the model has processed the token
+    prior      1 in the prompt, decaying through the response    known from the position alone
+
+Nothing here synchronises with the host. Shape legend: B rows, T tokens of this block, V vocabulary, W window.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from policy.settings import PAGE_TOKENS
+
+NGRAMS = (2, 3, 4)
+NO_TOKEN = -1
+
+
+def next_token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) divided by log V: [..., V] any float dtype -> [...] float32 in [0, 1]."""
+    # A token that is ruled out with -inf adds 0 to the entropy, not 0 * inf.
+    log_p = logits.float().log_softmax(-1).clamp(min=torch.finfo(torch.float32).min)
+    entropy_nats = -(log_p.exp() * log_p).sum(-1)
+    return (entropy_nats / math.log(logits.shape[-1])).clamp_(0.0, 1.0)
+
+
+def history_tokens(window: int) -> int:
+    """How many past tokens `ngram_novelty` must be given: the window and the longest n-gram's reach before it."""
+    return window + max(NGRAMS) - 1
+
+
+def ngram_novelty(history: Tensor, tokens: Tensor, window: int) -> Tensor:
+    """Share of the n-grams (n = 2, 3, 4) ending at each token that do not end at any of the last `window` tokens.
+
+    history [B, history_tokens(window)] and tokens [B, T] are token ids, NO_TOKEN where there is none -> [B, T] float32.
+    n-grams that would begin before the row does are left out; a row's first token is wholly novel. Exact: ids are
+    compared, not hashed.
+    """
+    reach = max(NGRAMS) - 1
+    sequence = torch.cat([history, tokens], dim=1)
+    first = history.shape[1]
+    steps = tokens.shape[1]
+    # earlier[b, t, i] for i in [0, window + reach): the tokens just before token t, oldest first.
+    earlier = sequence.unfold(1, window + reach, 1)[:, :steps]
+    matches = torch.ones(1, dtype=torch.bool, device=tokens.device)
+    missing = torch.zeros(tokens.shape, device=tokens.device)
+    counted = torch.zeros(tokens.shape, device=tokens.device)
+    for back in range(max(NGRAMS)):
+        here = sequence[:, first - back : first - back + steps]
+        exists = here != NO_TOKEN
+        matches = matches & (earlier[:, :, reach - back : reach - back + window] == here[..., None]) & exists[..., None]
+        if back + 1 in NGRAMS:
+            missing += (exists & ~matches.any(-1)).float()
+            counted += exists.float()
+    return torch.where(counted > 0, missing / counted.clamp(min=1), torch.ones_like(missing))
+
+
+def roll_history(history: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+    """The last `history.shape[1]` tokens of every row after its first `counts` [B] tokens of `tokens` [B, T]."""
+    sequence = torch.cat([history, tokens], dim=1)
+    index = counts[:, None] + torch.arange(history.shape[1], device=history.device)
+    return sequence.gather(1, index)
+
+
+def positional_prior(positions: Tensor, prompt_tokens: Tensor, decay_tokens: int) -> Tensor:
+    """1 in the prompt, exp(-i / decay_tokens) at response token i: positions [B, T], prompt_tokens [B] -> [B, T]."""
+    response = (positions - prompt_tokens[:, None]).clamp(min=0).float()
+    return torch.exp(-response / decay_tokens)
+
+
+def distant_attention(weights: Tensor, positions: Tensor, recent_pages: int) -> Tensor:
+    """Attention mass on slots before the most recent pages, averaged over heads.
+
+    weights [B, H, T, N] softmax over N slots, positions [B, T] -> [B, T] float32 in [0, 1]. The page of the querying
+    token is the first of the recent ones.
+    """
+    boundary = (positions // PAGE_TOKENS + 1 - recent_pages) * PAGE_TOKENS
+    slots = torch.arange(weights.shape[-1], device=weights.device)
+    distant = (slots < boundary[..., None]).to(weights.dtype)
+    return (weights.mean(1) * distant).sum(-1).float().clamp_(0.0, 1.0)

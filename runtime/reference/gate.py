@@ -1,0 +1,69 @@
+"""From weights over rungs to weights over directions, for every adapted linear of one ladder.
+
+The stream's weights, scales folded in, are set before a forward pass; every hooked linear reads them through its
+ladder's gate and adds its gated update: one pass over the directions of the active rung, however many rungs a fade
+spans. Rows of other adapters have no weight here. Source: DESIGN section 4.
+
+Shape legend: B rows, T tokens, J rungs, r active directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ladder import Ladder
+from ..ops.reference import direction_gate, lora_delta
+
+NO_RUNG = -1
+
+
+class Gate:
+    """The direction weights of the pass under way, shared by all linears that one ladder adapts."""
+
+    def __init__(self, ladder: Ladder, device: torch.device) -> None:
+        # Modules with the same ranks at every rung share their gate: for the `svd` ladder that is all of them.
+        columns, index = ladder.rank_table.unique(dim=1, return_inverse=True)
+        self.column = dict(zip(ladder.modules, index.tolist(), strict=True))
+        self._ranks = columns.tolist()
+        self._reads = [
+            (torch.arange(int(ranks[-1])) < ranks[:, None]).float().to(device) for ranks in columns.T.contiguous()
+        ]
+        self._weights: Tensor | None = None
+        self._active = NO_RUNG
+        self._cached: dict[int, Tensor] = {}
+
+    def set(self, weights: Tensor, active_rung: int) -> None:
+        """Weights over rungs [B, T, J] for the next pass; none above index `active_rung` is used (`NO_RUNG`: none)."""
+        self._weights, self._active, self._cached = weights[..., : len(self._ranks)], active_rung, {}
+
+    def directions(self, column: int) -> Tensor | None:
+        """[B, T, r] float32 direction weights of the modules of `column`, r their active rank; None where r is 0."""
+        assert self._weights is not None, "the stream sets the gate before every forward pass"
+        rank = 0 if self._active == NO_RUNG else self._ranks[self._active][column]
+        if rank == 0:
+            return None
+        if column not in self._cached:
+            self._cached[column] = direction_gate(self._weights, self._reads[column][:, :rank])
+        return self._cached[column]
+
+
+class AdaptedLinear:
+    """Forward hook of one adapted linear: adds the gated update to what the frozen layer puts out.
+
+    A hook changes no module, parameter name or state dict, and serves `nn.Linear` and GPT-2's `Conv1D` alike.
+    """
+
+    def __init__(self, gate: Gate, column: int, a: Tensor, b: Tensor) -> None:
+        self.gate, self.column, self.a, self.b = gate, column, a, b
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        gate = self.gate.directions(self.column)
+        if gate is None:
+            return output
+        rank = gate.shape[-1]
+        x = args[0]
+        if x.shape[:-1] != gate.shape[:-1]:  # some models flatten [B, T] on the way
+            gate = gate.reshape(*x.shape[:-1], rank)
+        gate = gate.to(x.device)  # layers may lie on other devices than the stream
+        return output + lora_delta(x, self.a[:rank], self.b[:rank], gate).to(output.dtype)

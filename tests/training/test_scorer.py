@@ -1,0 +1,159 @@
+"""Held-out scores come from real runs: at a fixed rung they are PEFT's, and every sum is per document."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from policy import FixedPolicy, Operating, PercentilePolicy, Settings
+from runtime.export import export_rung
+from runtime.plan import RunPlan, static_plan
+from runtime.reference.adaptive import activate
+from training.compare.hindsight import Hindsight, Oracle
+from training.compare.scorer import HeldOut, Scorer
+from training.targets.damage import Trajectory, damage_table
+from training.targets.samples import LaterDamage, chunk_samples
+
+
+@pytest.fixture
+def examples(make_example):
+    return [make_example(n, p, seed=n) for n, p in ((31, 6), (18, 0), (40, 13), (25, 1), (12, 4))]
+
+
+@pytest.fixture
+def held_out(tiny_llama, ladder, examples):
+    return HeldOut((Scorer(tiny_llama, ladder, examples, rows=2),))
+
+
+@pytest.fixture
+def small_settings(ladder):
+    return Settings(block_tokens=8, fade_tokens=1)
+
+
+@torch.no_grad()
+def peft_log_p(factory, folder, ids):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(factory(), folder).eval()(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def test_a_fixed_rung_scores_what_pefts_adapter_does(
+    held_out, ladder, examples, small_settings, tiny_llama_factory, llama_adapter, tmp_path
+):
+    rung = 1
+    scores = held_out.measure(FixedPolicy(ladder.rungs), small_settings, Operating.at(float(rung), rung))
+    folder = export_rung(ladder, ladder.rungs[rung], tmp_path / "rung")
+    for d, example in enumerate(examples):
+        ids, prompt = example["input_ids"], example["prompt_tokens"]
+        full, cut = (peft_log_p(tiny_llama_factory, path, ids) for path in (llama_adapter, folder))
+        scored = [t for t in range(len(ids) - 1) if t + 1 >= prompt]
+        kl = float((full.exp() * (full - cut)).sum(-1)[scored].sum())
+        assert scores.sums["kl"][d] == pytest.approx(kl, rel=1e-3, abs=1e-3)
+        assert scores.sums["perplexity"][d] == pytest.approx(-sum(float(cut[t, ids[t + 1]]) for t in scored), rel=1e-4)
+        assert scores.tokens[d] == len(scored)
+        assert scores.rungs[d].tolist() == [0, len(scored), 0, 0]
+        assert scores.prompt_rungs[d].tolist() == [0, prompt, 0, 0]
+    rung_rank = ladder.mean_rank().double().numpy()
+    assert scores.mean(rung_rank) == scores.prompt_mean(rung_rank) == 4
+    nll, tokens = scores.sums["perplexity"].sum(), scores.tokens.sum()
+    assert scores.value("perplexity") == pytest.approx(math.exp(nll / tokens))
+
+
+def test_the_top_rung_loses_nothing(held_out, ladder, small_settings):
+    scores = held_out.measure(FixedPolicy(ladder.rungs), small_settings, Operating.at(3.0, 3))
+    assert scores.value("kl") < 1e-6
+
+
+def test_perplexity_is_torchmetrics(held_out, ladder, examples, small_settings, tiny_llama):
+    from torchmetrics.text import Perplexity
+
+    scores, metric = held_out.measure(FixedPolicy(ladder.rungs), small_settings, Operating.at(1.0, 1)), Perplexity(-100)
+    for example in examples:
+        ids = torch.tensor([example["input_ids"]])
+        with activate(tiny_llama, static_plan(ladder, 4)):
+            logits = tiny_llama(ids).logits[:, :-1]
+        targets = ids[:, 1:].clone()
+        targets[:, : max(0, example["prompt_tokens"] - 1)] = -100
+        metric.update(logits.float(), targets)
+    assert scores.value("perplexity") == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
+def test_several_tasks_are_scored_document_after_document(held_out, ladder, examples, small_settings, tiny_llama):
+    parts = HeldOut(tuple(Scorer(tiny_llama, ladder, part) for part in (examples[:2], examples[2:])))
+    policy, operating = PercentilePolicy(ladder.rungs, "prior", spread=2.0), Operating.at(1.0, 3)
+    whole, two = (bench.measure(policy, small_settings, operating) for bench in (held_out, parts))
+    assert whole.sums["kl"] == pytest.approx(two.sums["kl"], rel=1e-4, abs=1e-4)
+    assert (whole.rungs == two.rungs).all()
+    assert whole.kv_bytes_full == two.kv_bytes_full
+
+
+def test_perplexity_alone_runs_no_full_rank(tiny_llama, ladder, examples):
+    scorer = Scorer(tiny_llama, ladder, examples, ["perplexity"])
+    assert scorer.score(static_plan(ladder, 4)).sums.keys() == {"perplexity"}
+    assert not scorer._full
+
+
+def test_a_policy_that_moves_is_scored_in_the_run_it_takes(held_out, ladder, examples, small_settings, tiny_llama):
+    """Every document run alone, KL from its own logits, rungs from its own record: batching changes nothing."""
+    policy, operating = PercentilePolicy(ladder.rungs, "prior", spread=2.0), Operating.at(1.0, 3)
+    scores = held_out.measure(policy, small_settings, operating)
+    top = RunPlan((ladder,), FixedPolicy(ladder.rungs), small_settings, Operating.at(3.0, 3))
+    for d, example in enumerate(examples):
+        ids, found = torch.tensor([example["input_ids"]]), []
+        for plan in (top, RunPlan((ladder,), policy, small_settings, operating)):
+            with activate(tiny_llama, plan, keep_record=True) as run:
+                cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
+                found.append(run.forward(ids, past_key_values=cache).logits[0].double().log_softmax(-1))
+        full, mixed = found
+        scored = torch.arange(1, ids.shape[1]) >= example["prompt_tokens"]
+        kl = (full.exp() * (full - mixed)).sum(-1)[:-1][scored].sum()
+        assert scores.sums["kl"][d] == pytest.approx(float(kl), rel=1e-3, abs=1e-4)
+        active = cache.stream.columns()["active"][0, :-1][scored]
+        assert scores.rungs[d].tolist() == torch.bincount(active, minlength=4).tolist()
+    assert (scores.rungs.sum(0) > 0).sum() > 1, "the policy must move for this to say anything"
+
+
+def test_the_oracle_meets_the_mean_rank_and_beats_the_fixed_rung(held_out, tiny_llama, ladder, examples):
+    settings = Settings(block_tokens=1, fade_tokens=1)
+    settings = replace(settings, chunk=replace(settings.chunk, min_tokens=1, max_tokens=1))
+    scales = torch.ones(len(ladder.rungs))
+    with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1])) as run:
+        tables = damage_table(run, examples, scales[:, None])
+    hindsight = []
+    for example, table in zip(examples, tables, strict=True):
+        starts = torch.arange(len(example["input_ids"]))
+        path = Trajectory(starts, torch.zeros(len(starts), 18), torch.zeros(len(starts)))
+        chunks = chunk_samples(example, path, table, LaterDamage(0.0, 0, 0))
+        hindsight.append(Hindsight(starts, chunks.damage[..., 0], chunks.scored))
+    oracle = Oracle(held_out, (tuple(hindsight),), scales, ladder.mean_rank())
+    scores = oracle.measure(settings, 4.0, start_rung=0)
+    rung_rank = ladder.mean_rank().double().numpy()
+    assert scores.mean(rung_rank) == pytest.approx(4.0, abs=0.15)
+    fixed = held_out.measure(FixedPolicy(ladder.rungs), settings, Operating.at(1.0, 1))
+    assert scores.value("kl") < fixed.value("kl")
+    without_prompt = [d for d, example in enumerate(examples) if not example["prompt_tokens"]]
+    assert not scores.prompt_rungs[without_prompt].any()
+
+
+@pytest.mark.parametrize("kept_rows", [0, 2, 99])
+def test_little_memory_changes_no_number(
+    held_out, tiny_llama, ladder, examples, small_settings, monkeypatch, kept_rows
+):
+    """Batches of at most 80 positions, and log-probabilities kept for as many batches as there is room for."""
+    policy, operating = PercentilePolicy(ladder.rungs, "prior", spread=2.0), Operating.at(1.0, 3)
+    whole = held_out.measure(policy, small_settings, operating)
+    position_bytes = 4 * tiny_llama.config.vocab_size
+    monkeypatch.setattr("training.compare.scorer.LOGITS_BYTES", 80 * position_bytes)
+    monkeypatch.setattr("training.compare.scorer.KEPT_BYTES", kept_rows * 31 * position_bytes)
+    small = Scorer(tiny_llama, ladder, examples)
+    plan = RunPlan((ladder,), policy, small_settings, operating)
+    first, again = (small.score(plan) for _ in range(2))
+    assert sum(kept.nbytes for kept in small._full.values()) <= kept_rows * 31 * position_bytes
+    assert len(small._full) == {0: 0, 2: 0, 99: 2}[kept_rows]
+    for name in ("tokens", "rungs", "prompt_rungs"):
+        assert (getattr(first, name) == getattr(again, name)).all()
+        assert getattr(first, name) == pytest.approx(getattr(whole, name))
+    for name in ("kl", "perplexity"):
+        assert (first.sums[name] == again.sums[name]).all()
+        assert first.sums[name] == pytest.approx(whole.sums[name], rel=1e-4, abs=1e-4)

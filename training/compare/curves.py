@@ -1,0 +1,123 @@
+"""Measure the learned policy and every baseline, by rules that favour none of them.
+
+Every policy's knob is set on validation documents and measured once on test documents, aimed at the mean rank of every
+fixed rung. Every run starts at that rung and keeps its prompt at or below it, so no prompt costs more than the
+baseline's. Pages stay in full precision: the comparison judges rank alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from policy.contract import RankPolicy
+from policy.curve import KnobCurve
+from policy.fixed import FixedPolicy
+from policy.operating import Operating
+from policy.settings import Settings
+
+from ..learn.calibrate import calibrate_knob, knob_grid
+from ..progress import with_progress
+from .scorer import Scores
+
+KNOB_POINTS = 6
+
+
+class Bench(Protocol):
+    """Measures policies on a fixed set of documents."""
+
+    def measure(self, policy: RankPolicy, settings: Settings, operating: Operating) -> Scores:
+        """Scores of a policy where every row may spend `operating`."""
+
+
+class OracleBench(Protocol):
+    """Measures the oracle on a fixed set of documents."""
+
+    def measure(self, settings: Settings, mean_rank: float, start_rung: int) -> Scores:
+        """Scores of the oracle whose mean rank is about `mean_rank`."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured operating point."""
+
+    knob: float | None
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A policy's measured points, cheapest first, and the calibration of its knob (None without a knob)."""
+
+    name: str
+    points: tuple[Point, ...]
+    knob_curve: KnobCurve | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    """How the policy was set up."""
+
+    def at(self, rank: float, rung_rank: np.ndarray, documents: np.ndarray | None = None) -> float:
+        """KL at a mean rank: linear between measured points and the exact top rung; nan below the cheapest point.
+
+        `documents` [D] counts how often each document is drawn (default: each once).
+        """
+        pairs = [rank_and_kl(point.scores, rung_rank, documents) for point in self.points]
+        ranks, kls = zip(*sorted([*pairs, (float(rung_rank[-1]), 0.0)]), strict=True)
+        return float(np.interp(rank, ranks, kls, left=np.nan))
+
+
+def rank_and_kl(scores: Scores, rung_rank: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
+    """Mean rank and KL per scored token, each document counted `documents` [D] times (default: once)."""
+    draws = np.ones_like(scores.tokens) if documents is None else documents
+    tokens = draws @ scores.tokens
+    return float(draws @ (scores.rungs @ rung_rank) / tokens), float(draws @ scores.sums["kl"] / tokens)
+
+
+def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench) -> Curve:
+    """Every rung but the top, which is exact."""
+    points = []
+    aims = range(len(policy.rungs) - 1)
+    for rung in with_progress(aims, "fixed on test", len(aims)):
+        points.append(Point(float(rung), test.measure(policy, settings, Operating.at(float(rung), rung))))
+    return Curve("fixed", tuple(points))
+
+
+def policy_curve(
+    name: str,
+    policy: RankPolicy,
+    settings: Settings,
+    validation: Bench,
+    test: Bench,
+    cost: np.ndarray,
+    targets: Sequence[int],
+) -> Curve:
+    """Calibrate the knob on validation, then measure on test at the cost of every rung index in `targets`."""
+    costs: dict[float, float] = {}
+
+    def sweep(knobs: Sequence[float], starts: Sequence[int]) -> KnobCurve:
+        pairs = list(zip(knobs, starts, strict=True))
+        for knob, start in with_progress(pairs, f"{name} on validation", len(pairs)):
+            costs[knob] = validation.measure(policy, settings, Operating.at(knob, start)).mean(cost)
+        cheap, dear = policy.knob_range()
+        ordered = sorted(costs, reverse=cheap > dear)
+        return calibrate_knob(ordered, [costs[knob] for knob in ordered])
+
+    # First evenly over the knob, each run starting where one of its cost would; then where the aims fall.
+    knobs = knob_grid(policy, KNOB_POINTS)
+    curve = sweep(knobs, np.linspace(0, len(policy.rungs) - 1, KNOB_POINTS).round().astype(int).tolist())
+    curve = sweep([curve.knob(float(cost[rung])) for rung in targets], list(targets))
+    points = []
+    for rung in with_progress(targets, f"{name} on test", len(targets)):
+        knob = curve.knob(float(cost[rung]))
+        points.append(Point(knob, test.measure(policy, settings, Operating.at(knob, rung))))
+    return Curve(name, tuple(points), curve, policy.config())
+
+
+def oracle_curve(settings: Settings, oracle: OracleBench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:
+    """The oracle at the mean rank of every rung index in `targets`."""
+    points = []
+    for rung in with_progress(targets, "oracle on test", len(targets)):
+        points.append(Point(None, oracle.measure(settings, float(rung_rank[rung]), rung)))
+    return Curve("oracle", tuple(points))

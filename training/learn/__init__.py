@@ -1,0 +1,1 @@
+"""From samples to a policy: the Lightning `module`, the rounds that `train` it, what is `calibrate`d from data."""

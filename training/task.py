@@ -1,0 +1,159 @@
+"""What a fit works on: one adapter with its ladder, documents and targets; a fit has one task or several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policy.cost import adapter_cost
+from policy.fixed import FixedPolicy
+from policy.operating import Operating
+from policy.rungs import rung_shares
+from policy.settings import Settings
+from runtime.ladder import Ladder
+from runtime.plan import RunPlan, static_plan
+from runtime.reference.adaptive import AdaptiveRun, activate
+
+from .amounts import Amounts
+from .documents import Corpus, Example
+from .targets.collect import collect_shards
+from .targets.damage import Trajectory
+from .targets.shards import ShardStore
+
+Say = Callable[[str], None]
+MakeTrainer = Callable[..., L.Trainer]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of every train and validation document, train first."""
+
+    tables: list[Tensor]
+    """[T, J, G] KL of every rung and scale."""
+    paths: list[Trajectory]
+    """Full-rank trajectories."""
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """One adapter: its ladder, its documents and, once collected, its targets."""
+
+    name: str
+    ladder: Ladder
+    corpus: Corpus
+    targets: Targets | None = None
+
+    @property
+    def labelled(self) -> list[Example]:
+        """Train and validation documents, in the order of the targets."""
+        return [*self.corpus.train, *self.corpus.validation]
+
+    def found(self) -> Targets:
+        """Its targets, which an earlier stage collected."""
+        assert self.targets is not None, "collect_targets comes first"
+        return self.targets
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What every stage of a fit works with."""
+
+    model: PreTrainedModel
+    model_fingerprint: str
+    amounts: Amounts
+    seed: int
+    root: Path
+    """Where shards and checkpoints go."""
+    make_trainer: MakeTrainer
+    say: Say
+
+    @contextmanager
+    def full_rank(self, task: AdapterTask) -> Iterator[AdaptiveRun]:
+        """The model at the task's exact adapter, whose ladder has all its rungs."""
+        with activate(self.model, static_plan(task.ladder, task.ladder.rungs[-1])) as run:
+            yield run
+
+    def collect(
+        self,
+        task: AdapterTask,
+        name: str,
+        examples: Sequence[Example],
+        per_shard: int,
+        key: dict[str, object],
+        measure: Callable[[Sequence[Example], int], dict[str, list[Tensor]]],
+    ) -> dict[str, list[Tensor]]:
+        """Resumable per-document tensors: `measure(examples, shard)` gives one list per name."""
+        groups = [examples[i : i + per_shard] for i in range(0, len(examples), per_shard)]
+        documents = hashlib.sha256(json.dumps([e["input_ids"] for e in examples]).encode()).hexdigest()
+        full_key = {**self.identity(task), **key, "documents": documents, "per_shard": per_shard, "seed": self.seed}
+        store = ShardStore(self.root / "targets", name, full_key, len(groups))
+
+        def one(index: int) -> dict[str, Tensor]:
+            measured = measure(groups[index], index)
+            return {f"{field}.{i}": t for field, values in measured.items() for i, t in enumerate(values)}
+
+        made = collect_shards(store, one, self.model, self.make_trainer)
+        self.say(f"{name}: {len(groups) - made} of {len(groups)} shards reused, {made} collected")
+        found: dict[str, list[Tensor]] = {}
+        for index, group in enumerate(groups):
+            tensors = store.read(index)
+            for field in {key.rsplit(".", 1)[0] for key in tensors}:
+                found.setdefault(field, []).extend(tensors[f"{field}.{i}"] for i in range(len(group)))
+        return found
+
+    def identity(self, task: AdapterTask) -> dict[str, object]:
+        """What targets depend on beside documents and settings."""
+        ladder = task.ladder
+        prints = {"model": self.model_fingerprint, "adapter": ladder.adapter, "ladder": ladder.fingerprint}
+        return {**prints, "dtype": str(self.model.dtype), "rungs": list(ladder.rungs), "kind": ladder.kind}
+
+
+def full_rank_plan(task: AdapterTask, settings: Settings) -> RunPlan:
+    """The exact adapter throughout, with the chunks, blocks and signals of `settings`."""
+    top = len(task.ladder.rungs) - 1
+    return RunPlan((task.ladder,), FixedPolicy(task.ladder.rungs), settings, Operating.at(float(top), top))
+
+
+def common_rungs(tasks: Sequence[AdapterTask]) -> tuple[int, ...]:
+    """The rungs that one policy moves on: those of the first task, of which all others have the same shares.
+
+    Raises ValueError when one has others, or when there are fewer than two to choose between.
+    """
+    rungs = tasks[0].ladder.rungs
+    for task in tasks:
+        if rung_shares(task.ladder.rungs) != rung_shares(rungs):
+            raise ValueError(
+                f"rungs: expected the same shares of every adapter's rank, got {rungs} and {task.ladder.rungs}; name "
+                "rungs that are"
+            )
+    if len(rungs) < 2:
+        raise ValueError(f"rungs: expected at least two to choose between, got {list(rungs)}; add lower ones")
+    return rungs
+
+
+def task_cost(tasks: Sequence[AdapterTask]) -> Tensor:
+    """[J] bytes of every rung relative to the top, averaged over the tasks."""
+    return torch.stack([adapter_cost(task.ladder.rung_bytes()) for task in tasks]).mean(0)
+
+
+def task_rank(tasks: Sequence[AdapterTask]) -> Tensor:
+    """[J] equivalent rank of every rung: of one task its ladder's, of several the mean share of the first one's top."""
+    if len(tasks) == 1:
+        return tasks[0].ladder.mean_rank()
+    ranks = torch.stack([task.ladder.mean_rank() / task.ladder.mean_rank()[-1] for task in tasks])
+    return ranks.mean(0) * tasks[0].ladder.mean_rank()[-1]
+
+
+def rung_rank(tasks: Sequence[AdapterTask]) -> np.ndarray:
+    """`task_rank` in float64."""
+    return task_rank(tasks).double().numpy()
