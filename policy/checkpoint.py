@@ -234,12 +234,12 @@ class PolicyCheckpoint:
         record = _read_record(folder)
         where = str(folder / RECORD)
         tensors = _read_tensors(folder / TENSORS)
+        _check_digest(folder / TENSORS, record["tensors_sha256"])
         if record["schema_version"] == 1:
             record, tensors = _parse(where, "schema 1", lambda: upgrade(record, tensors))
         settings = _parse(where, "settings", lambda: Settings.from_dict(record["settings"]))
         policy = _parse(where, "config", lambda: _rebuild(record["kind"], record["rungs"], record["config"]))
         _check_tensors(policy, tensors, str(folder / TENSORS))
-        _check_digest(folder / TENSORS, record["tensors_sha256"])
         policy.load_state_dict(tensors)
         curve, latency = record["curve"], record["latency"]
         return _parse(
@@ -294,7 +294,7 @@ def _parse(where: str, name: str, build: Callable[[], _Value]) -> _Value:
     """`build()`, with any complaint turned into one line that says where the value stands."""
     try:
         return build()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{where}: {name}: {error}; export the policy again") from None
 
 

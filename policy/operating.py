@@ -38,10 +38,13 @@ class Operating:
         kv: KVSettings | Sequence[KVSettings] = FULL_KV,
         adapter: int | Tensor = 0,
     ) -> Operating:
-        """Rows at these values; numbers stand for every row, tensors are [B]."""
+        """Rows at these values; numbers stand for every row, tensors are [B]. Raises ValueError where rows differ."""
         given = (torch.as_tensor(knob, dtype=torch.float32), torch.as_tensor(start_rung), torch.as_tensor(adapter))
         kvs = [kv] if isinstance(kv, KVSettings) else list(kv)
         rows = max([len(kvs), *(len(x) for x in given if x.ndim)])
+        lengths = [len(kvs), *(len(x) for x in given if x.ndim)]
+        if not set(lengths) <= {1, rows}:
+            raise ValueError(f"operating: expected one value a row or one for all, got {lengths} of them; give {rows}")
         knobs, starts, adapters = (x.expand(rows) for x in given)
         return cls(knobs, starts.long(), adapters.long(), KVRows.of(kvs if len(kvs) == rows else kvs * rows))
 

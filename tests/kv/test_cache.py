@@ -55,10 +55,14 @@ def test_formats_are_set_once_and_only_outside_sinks_and_window(passes, sinks, w
             assert name == final.get((row, page), name)
 
 
-def test_threshold_itself_is_hard():
-    feed = Feed(KVSettings(hard="int8", easy="dropped", threshold=0.5, sink_pages=0, window_tokens=0), rows=1)
+# 0.7 and 0.9 lie above the nearest float32 number, 0.1 and 0.6 below it; 0.5 is one.
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.6, 0.7, 0.9])
+def test_threshold_itself_is_hard(threshold):
+    feed = Feed(KVSettings(hard="int8", easy="dropped", threshold=threshold, sink_pages=0, window_tokens=0), rows=1)
     feed.append([32])
-    feed.cache.settle(torch.cat((torch.full((1, 16), 0.5), torch.full((1, 16), 0.49)), 1), feed.positions)
+    at, below = torch.full((1, 16), threshold), torch.full((1, 16), threshold - 1e-6)
+    assert bool((below < at).all())
+    feed.cache.settle(torch.cat((at, below), 1), feed.positions)
     assert [FORMATS[code] for code in feed.cache.page_formats()[0]] == ["int8", "dropped"]
 
 

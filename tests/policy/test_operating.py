@@ -123,3 +123,11 @@ def test_tensors_move_and_the_kv_policy_stays_on_the_host() -> None:
     chosen = moved.select(torch.tensor([2, 0]))
     assert chosen.knob.tolist() == [2.5, 0.5]
     assert not chosen.kv.hard.is_cuda
+
+
+@pytest.mark.parametrize("kv", [[FULL_KV, FULL_KV], [FULL_KV] * 4])
+def test_values_of_different_numbers_of_rows_are_refused(kv) -> None:
+    with pytest.raises(ValueError, match="operating: expected one value a row or one for all, got"):
+        Operating.at(torch.zeros(3), 0, kv)
+    with pytest.raises(ValueError, match="operating: expected one value a row or one for all, got"):
+        Operating.at(torch.zeros(3), torch.zeros(2))
