@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Amounts:
-    """Amounts and grids of one amounts."""
+    """Amounts and grids of one fit."""
 
     train_documents: int = 64
     validation_documents: int = 24

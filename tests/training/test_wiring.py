@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy import PolicyCheckpoint
+from policy import SIGNALS, PolicyCheckpoint, Summary
 from runtime.reference.run import AdaptiveRun
 from training import fit as fit_module
 from training import pipeline
@@ -23,6 +23,7 @@ from training.compare.scorer import HeldOut
 from training.learn import train
 from training.learn.calibrate import best_scales, calibrate_knob
 from training.targets import paths as first_stage
+from training.targets import samples as chunks_of
 from training.targets.samples import Samples, document_samples
 
 AMOUNTS = Amounts(
@@ -48,6 +49,8 @@ class Tape:
     tables: dict[str, list] = field(default_factory=dict)
     calibrated: list[list] = field(default_factory=list)
     """Paths that settings were calibrated on."""
+    later: list[dict] = field(default_factory=list)
+    """Documents that later damage was measured on."""
     fixed_scales: torch.Tensor | None = None
     oracle: Oracle | None = None
     task: object = None
@@ -109,6 +112,10 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
             {"stage": tape.stage, "rows": rows, "policy": run.plan.policy, "settings": run.plan.settings,
              "knob": operating.knob.tolist(), "start": operating.start_rung.tolist(), "kv": operating.kv}
         )  # fmt: skip
+        entry, stream = tape.passes[-1], cache.stream
+        if stream.record is None:
+            return None
+        return lambda _: entry.update(record=stream.columns(), prompt_tokens=stream.prompt_tokens)
 
     around(AdaptiveRun, "logits", logits)
 
@@ -138,6 +145,11 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
         around(owner, "collect_paths", collected(tape.paths))
     for owner in (first_stage, pipeline):
         around(owner, "collect_tables", collected(tape.tables))
+
+    def later(run, example, *_):
+        tape.later.append(example)
+
+    around(chunks_of, "later_damage", later)
     around(first_stage, "calibrated_settings", lambda settings, paths: tape.calibrated.append(list(paths)))
 
 
@@ -297,3 +309,92 @@ def test_the_oracle_knows_the_damage_of_the_test_documents(wired):
     rows = {tuple(row) for p in runs for row in p["rows"]}
     assert rows == {tuple(example["input_ids"]) for example in documents}
     assert torch.equal(tape.oracle.scales, calibrated.scales)
+
+
+def test_later_damage_is_measured_on_train_documents(wired):
+    tape, _, _ = wired
+    assert tape.later
+    assert splits(tape, tape.later) == {"train"}
+
+
+def test_no_test_document_is_run_before_the_comparison(wired):
+    tape, _, _ = wired
+    early = [p for p in tape.passes if p["stage"] in ("collect_targets", "train_policy")]
+    seen = [{"input_ids": row} for p in early for row in p["rows"]]
+    assert splits(tape, seen) == {"train", "validation"}
+
+
+def response_decisions(entry):
+    """What one run decided on, and the rungs it took, where no start rung steps in: that caps prompts, and stands
+    until the model has put something out."""
+    columns = entry["record"]
+    free = columns["held_valid"][..., SIGNALS.index("entropy")] & (
+        columns["positions"] >= entry["prompt_tokens"][:, None]
+    )
+    chosen = columns["opens"] & columns["real"] & free
+    seen = Summary(*(columns[name][chosen] for name in ("held", "held_valid", "first", "positions")))
+    return seen, columns["rung"][chosen]
+
+
+def test_percentile_gives_harder_chunks_the_higher_rungs(wired):
+    """Within one run the knob is one number, so the rung can only rise with what the thresholds are on."""
+    tape, _, _ = wired
+    moved = 0
+    for entry in (p for p in tape.passes if p["stage"] == "percentile"):
+        seen, rungs = response_decisions(entry)
+        value, known = entry["policy"].value(seen)
+        order = value[known].argsort()
+        assert (rungs[known][order].diff() >= 0).all()
+        moved += len(rungs[known].unique()) > 1
+    assert moved, "otherwise this says nothing"
+
+
+def test_percentile_has_the_quantiles_of_train_documents_and_the_best_scales(wired):
+    tape, _, calibrated = wired
+    features = [path.features for path in tape.paths["trajectory-full"][: len(tape.task.corpus.train)]]
+    policies = [e["policy"] for e in tape.measured if e["stage"] in ("choosing percentile", "percentile")]
+    for policy in policies:
+        value, known = policy.value(Summary.from_features(torch.cat(features)))
+        quantiles = np.quantile(value[known].double().numpy(), np.linspace(0, 1, len(policy.grid)))
+        assert policy.grid.tolist() == pytest.approx(quantiles.tolist(), abs=1e-6)
+        assert torch.equal(policy.scales, calibrated.scales)
+
+
+def test_random_has_the_best_scale_of_every_rung(wired):
+    tape, _, calibrated = wired
+    policies = [entry["policy"] for entry in tape.measured if entry["stage"] == "random"]
+    assert policies
+    assert all(torch.equal(policy.scales, calibrated.scales) for policy in policies)
+
+
+def test_own_trajectories_start_at_the_dearest_rung_that_their_spending_buys(wired):
+    """By hand, as a served row would: what its knob spends on the scored train tokens, and what that affords."""
+    tape, _, _ = wired
+    policy, samples = copy.deepcopy(tape.stages["train_policy"][1]), tape.rounds[0]["samples"]
+    policy.load_state_dict(tape.rounds[1]["state"])
+    cost, summary = policy.cost.double().numpy(), Summary.from_features(samples.features)
+    for entry in (p for p in tape.passes if p["stage"] == "train_policy"):
+        for knob, start in zip(entry["knob"], entry["start"], strict=True):
+            rungs = policy.decide(summary, torch.full((len(samples),), knob)).rung.numpy()
+            spent = np.average(cost[rungs], weights=samples.scored.numpy())
+            assert start == max([0, *np.flatnonzero(cost <= spent + 1e-6)])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_trained_chunk_carries_the_damage_of_its_own_tokens(wired, number):
+    """Token by token from the document's own table, without the code that sums it up."""
+    tape, _, calibrated = wired
+    name = ("trajectory-full", "trajectory-own-1")[number]
+    count = len(tape.task.corpus.train)
+    triples = zip(tape.task.corpus.train, tape.paths[name][:count], tape.tables["tables"][:count], strict=True)
+    expected = []
+    for example, path, table in triples:
+        length = len(example["input_ids"])
+        for start, end in zip(path.starts.tolist(), [*path.starts.tolist()[1:], length], strict=True):
+            total = torch.zeros_like(table[0])
+            for position in range(start, min(end, length - 1)):  # the last token predicts nothing
+                scored = position + 1 >= example["prompt_tokens"]
+                total += table[position] * (scored + calibrated.later.ratio)
+            expected.append(total / (end - start))
+    found = tape.rounds[number]["samples"].damage[-len(expected) :]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)

@@ -79,8 +79,15 @@ class Scores:
     """Storage of all documents' caches, each at its end."""
     kv_bytes_full: int = 0
     """The same tokens in the model's own dtype."""
-    ms_per_token: float = field(default=0.0, compare=False)
-    """Wall time of the forwards over their real tokens, a batch of rows at a time."""
+    processed: int = 0
+    """Real tokens that went through the model, prompts included."""
+    ms: float = field(default=0.0, compare=False)
+    """Wall time of these forwards, a batch of rows at a time."""
+
+    @property
+    def ms_per_token(self) -> float:
+        """Wall time over real tokens."""
+        return self.ms / self.processed
 
     def value(self, measure: str) -> float:
         """What is reported of a measure, over all documents."""
@@ -111,7 +118,8 @@ class Scores:
             prompt_rungs=joined("prompt_rungs"),
             kv_bytes=sum(part.kv_bytes for part in parts),
             kv_bytes_full=sum(part.kv_bytes_full for part in parts),
-            ms_per_token=float(np.average([p.ms_per_token for p in parts], weights=[p.tokens.sum() for p in parts])),
+            processed=sum(part.processed for part in parts),
+            ms=sum(part.ms for part in parts),
         )
 
 
@@ -163,8 +171,8 @@ class Scorer:
                     into[document] = counts
             kv_bytes += cache.kv_bytes()
             kv_bytes_full += cache.kv_bytes_full()
-        ms = 1000 * seconds / processed
-        return Scores(sums, tokens, np.stack(rungs), np.stack(prompt_rungs), kv_bytes, kv_bytes_full, ms)
+        by_rung = np.stack(rungs), np.stack(prompt_rungs)
+        return Scores(sums, tokens, *by_rung, kv_bytes, kv_bytes_full, processed, 1000 * seconds)
 
     def _full_log_p(self, number: int, batch: Batch) -> Tensor | None:
         if not any(measure.against_full for measure in self.measures.values()):
