@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -35,7 +34,7 @@ from .learned import LearnedPolicy
 from .operating import Operating
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
-from .rungs import rung_shares
+from .rungs import rung_shares, rungs_at_shares
 from .schema1 import upgrade
 from .settings import FULL_KV, Settings
 
@@ -151,16 +150,7 @@ class PolicyCheckpoint:
 
         Raises ValueError where a share is no whole number of directions.
         """
-        own = self.policy.rungs
-        if rank == own[-1] or not self.fingerprints["shared"]:
-            return own
-        if any(rung * rank % own[-1] for rung in own):
-            least = own[-1] // math.gcd(*own)
-            raise ValueError(
-                f"adapter: expected a rank of which the policy's rungs {own} are whole shares, got {rank}; use an "
-                f"adapter whose rank is a multiple of {least}"
-            )
-        return tuple(rung * rank // own[-1] for rung in own)
+        return rungs_at_shares(self.policy.rungs, rank) if self.fingerprints["shared"] else self.policy.rungs
 
     def check(self, *, model: str, adapter: str, rungs: Sequence[int], ladder: str | None = None) -> None:
         """Raise ValueError unless the policy fits this model, adapter, rungs and (where both have one) ladder.

@@ -5,6 +5,7 @@ A rung is named by its equivalent rank: the rank of a 16-bit adapter of the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,21 @@ def checked_rungs(rungs: Sequence[int]) -> tuple[int, ...]:
 def rung_shares(rungs: Sequence[int]) -> tuple[float, ...]:
     """Every rung relative to the top one: what rungs of adapters of different ranks have in common."""
     return tuple(rung / rungs[-1] for rung in rungs)
+
+
+def rungs_at_shares(rungs: Sequence[int], rank: int) -> tuple[int, ...]:
+    """The rungs of an adapter of `rank` that are the same shares of it as `rungs` are of their top.
+
+    Raises ValueError where a share is no whole number of directions.
+    """
+    top = rungs[-1]
+    if any(rung * rank % top for rung in rungs):
+        least = top // math.gcd(*rungs)
+        raise ValueError(
+            f"adapter: expected a rank of which the policy's rungs {tuple(rungs)} are whole shares, got {rank}; use an "
+            f"adapter whose rank is a multiple of {least}"
+        )
+    return tuple(rung * rank // top for rung in rungs)
 
 
 def nearest_rung(knob: Tensor, count: int) -> Tensor:

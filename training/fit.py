@@ -25,10 +25,11 @@ from torch import Tensor
 from policy.checkpoint import Fingerprints, PolicyCheckpoint
 from policy.cost import LatencyTable
 from policy.files import write_whole
+from policy.rungs import rungs_at_shares
 from policy.settings import ChunkSettings, KVSettings, Settings, SignalSettings
 from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
-from runtime.ladder import open_ladder, save_ladder
+from runtime.ladder import Ladder, open_ladder, save_ladder
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
 
 from .amounts import Amounts
@@ -88,7 +89,7 @@ def fit(
     folder = Path(output or Path("runs") / _run_name(adapters))
     _check_folder(folder)
     settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv)
-    ladders = [open_ladder(name, rungs) for name in adapters]
+    ladders = _ladders(adapters, rungs)
     network = load_model(model, dtype=dtype, device=_device(trainer))
     check_context(network, amounts.max_tokens, "amounts.max_tokens")
     context = FitContext(
@@ -152,6 +153,13 @@ def _pairs(adapter: str | list[str], dataset: str | list[str]) -> tuple[list[str
             f"dataset: expected one for all adapters or one for each, got {len(datasets)} for {len(adapters)}"
         )
     return adapters, datasets
+
+
+def _ladders(adapters: Sequence[str], rungs: Sequence[int] | None) -> list[Ladder]:
+    """Every adapter's ladder, factored once: the first one's rungs, and the same shares of the others' ranks."""
+    first = open_ladder(adapters[0], rungs)
+    others = [open_ladder(name) for name in adapters[1:]]
+    return [first, *(other.with_rungs(rungs_at_shares(first.rungs, other.rungs[-1])) for other in others)]
 
 
 def _introduce(context: FitContext, tasks: Sequence[AdapterTask]) -> None:

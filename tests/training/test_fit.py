@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from policy import SIGNALS, ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
-from runtime import generate, load_model, load_tokenizer
+from runtime import generate, load_ladder, load_model, load_tokenizer
 from training.amounts import Amounts
 from training.compare.tradeoff import flat, write_report
 from training.compare.verdict import MEASURABLE_NATS
@@ -191,6 +191,24 @@ def test_killed_half_way_and_run_again_it_ends_as_if_nothing_had_happened(fitted
     assert without_latency(resumed["curves"]) == without_latency(uninterrupted["curves"])
     for key in ("area", "headroom", "captured", "exported", "kl_at"):
         assert resumed[key] == uninterrupted[key], key
+
+
+def test_two_adapters_make_a_policy_that_both_share(case, make_peft_adapter, tiny_llama_factory, tmp_path):
+    """Of ranks 8 and 16, on the same documents: the rungs are the same shares, and either adapter is served."""
+    wide = make_peft_adapter(tiny_llama_factory, tmp_path / "wide", r=16, alpha=64, seed=2)
+    output = tmp_path / "out"
+    main(case.arguments(output, adapter=f"[{case.adapter},{wide}]", **{"amounts.train_documents": 4}))
+    summary, saved = summary_of(output), PolicyCheckpoint.load(output / "policy")
+    assert summary["adapter"] == [str(case.adapter), str(wide)]
+    assert summary["documents"] == {"train": 8, "validation": 8, "test": 12}
+    assert saved.fingerprints["shared"]
+    assert [load_ladder(output / f"ladder-{n}").rungs for n in (0, 1)] == [(2, 4, 6, 8), (4, 8, 12, 16)]
+    model, tokenizer = load_model(case.model, device=torch.device("cpu")), load_tokenizer(case.model)
+    found = generate(
+        model, [case.adapter, output / "ladder-1"], ["Say: the rank", "Say: a page"], policy=saved, budget=[1.0, 1.0],
+        tokenizer=tokenizer, max_new_tokens=6, min_new_tokens=6, do_sample=False,
+    )  # fmt: skip
+    assert found.row_mean_rank == [8, 16]
 
 
 @pytest.mark.slow
