@@ -135,14 +135,23 @@ class PolicyCheckpoint:
     def operating(self, budgets: Sequence[float], adapters: Sequence[int]) -> Operating:
         """What rows of these budgets may spend, each on the ladder of its number in `adapters`.
 
-        A row starts at the dearest rung within its budget and keeps its prompt there. A budget of 1 is the exact
-        adapter with full-precision KV. Raises ValueError for a budget outside [0, 1].
+        A row starts at the dearest rung within its budget, keeps its prompt there, and is held to its budget whatever
+        the text. A budget of 1 is the exact adapter with full-precision KV. Raises ValueError for a budget outside
+        [0, 1] or below what the smallest rung costs.
         """
+        least = self.cost[0]
+        for budget in budgets:
+            if check_budget(budget) < least - _COST_TOLERANCE:
+                raise ValueError(
+                    f"budget: expected at least {least:.6g}, which the smallest rung {self.policy.rungs[0]} costs, got "
+                    f"{budget!r}; raise it, or fit a policy with a lower rung"
+                )
         return Operating.at(
             torch.tensor([self.knob_for(budget) for budget in budgets]),
             torch.tensor([self.rung_for(budget) for budget in budgets]),
             [FULL_KV if budget == 1 else self.settings.kv for budget in budgets],
             torch.tensor(adapters),
+            torch.tensor(budgets, dtype=torch.float64),
         )
 
     def rungs_for(self, rank: int) -> tuple[int, ...]:

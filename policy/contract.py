@@ -36,6 +36,8 @@ class Summary:
     """[B, 2] novelty and prior of the opening chunk's first token (they depend on tokens only)."""
     position: Tensor
     """[B] long: index of that token in its row, counted from the row's first real token."""
+    row: Tensor | None = None
+    """[B] long: which row of the batch it is in, where several tokens of each are asked about; None: one of each."""
 
     FEATURES: ClassVar[int] = len(SIGNALS) * len(STATS) + len(SIGNALS) + len(TOKEN_SIGNALS)
 
@@ -44,6 +46,10 @@ class Summary:
         # Masked, not multiplied: whatever stands where a signal is unknown, NaN included, must not be seen.
         stats = self.stats.to(torch.float32).masked_fill(~self.valid[..., None], 0.0)
         return torch.cat([stats.flatten(1), self.valid.to(torch.float32), self.first.to(torch.float32)], dim=1)
+
+    def rows(self) -> Tensor:
+        """[B] long: which row of the batch each token is in."""
+        return torch.arange(len(self.position), device=self.position.device) if self.row is None else self.row
 
     @classmethod
     def from_features(cls, features: Tensor) -> Summary:
@@ -60,8 +66,14 @@ class Decision:
 
     rung: Tensor
     """[B] long, index into the rungs."""
-    scale: Tensor
-    """[B] float32, multiplies the adapter's output; 1 at the top rung."""
+    scales: Tensor
+    """[B, J] float32: what multiplies the adapter's output at every rung, also at one that a budget or the start of a
+    text puts in the place of `rung`; 1 at the top."""
+
+    @property
+    def scale(self) -> Tensor:
+        """[B] float32: the scale of `rung`."""
+        return self.scales.gather(1, self.rung[:, None])[:, 0]
 
 
 class RankPolicy(nn.Module, ABC):
@@ -71,6 +83,8 @@ class RankPolicy(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    looks: ClassVar[bool] = True
+    """Whether a decision depends on the summary; without, a row runs at one rung from its first token to its last."""
     rungs: tuple[int, ...]
 
     def __init__(self, rungs: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ class FixedPolicy(RankPolicy):
     """Rung `round(knob)` whatever the text. `scales` is [J], the scale of each rung, 1 at the top."""
 
     kind: ClassVar[str] = "fixed"
+    looks: ClassVar[bool] = False
     scales: Tensor
 
     def __init__(self, rungs: Sequence[int], scales: Tensor | None = None) -> None:
@@ -26,7 +27,7 @@ class FixedPolicy(RankPolicy):
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         rung = nearest_rung(knob, len(self.rungs))
-        return Decision(rung, self.scales.float().index_select(0, rung))
+        return Decision(rung, self.scales.float().expand(len(rung), -1))
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, float(len(self.rungs) - 1)

@@ -158,8 +158,7 @@ class LearnedPolicy(RankPolicy):
     @torch.no_grad()
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         logits, scale = self.logits(summary.features(), knob)
-        rung = logits.argmax(1)
-        return Decision(rung, scale.gather(1, rung[:, None]).squeeze(1))
+        return Decision(logits.argmax(1), scale)
 
     def knob_range(self) -> tuple[float, float]:
         low, high = self.log_lambda_range

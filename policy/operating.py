@@ -1,13 +1,14 @@
 """What a request may spend, row by row: tensors, so that requests of different means share one batch.
 
 Made in one place (`runtime.plan`; the fit's comparisons make theirs with `Operating.at`), carried by the state of the
-rows, read by the state machine (knob, start rung), the gate (adapter) and the page table (KV policy).
+rows, read by the state machine (knob, start rung, budget), the gate (adapter) and the page table (KV policy).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from .settings import FULL_KV, PAGE_ACTIONS, KVSettings
 
 SPARSE = "sparse"
+UNLIMITED = math.inf
+"""The budget of a row that none holds to one: targets, calibration, and comparisons at equal bytes."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Operating:
     """[B] float32: where on the policy's trade-off curve the row runs."""
     start_rung: Tensor
     """[B] long: rung index until the model has put something out, and the dearest one a prompt may use."""
+    budget: Tensor
+    """[B] float64: bytes of the adapter that a token may read on average, relative to all of it, whatever the text;
+    `UNLIMITED`: as many as the policy chooses."""
     adapter: Tensor
     """[B] long: which of the run's ladders the row uses."""
     kv: KVRows
@@ -37,16 +43,21 @@ class Operating:
         start_rung: int | Tensor,
         kv: KVSettings | Sequence[KVSettings] = FULL_KV,
         adapter: int | Tensor = 0,
+        budget: float | Tensor = UNLIMITED,
     ) -> Operating:
         """Rows at these values; numbers stand for every row, tensors are [B]. Raises ValueError where rows differ."""
-        given = (torch.as_tensor(knob, dtype=torch.float32), torch.as_tensor(start_rung), torch.as_tensor(adapter))
+        given = (
+            torch.as_tensor(knob, dtype=torch.float32), torch.as_tensor(start_rung), torch.as_tensor(adapter),
+            torch.as_tensor(budget, dtype=torch.float64),
+        )  # fmt: skip
         kvs = [kv] if isinstance(kv, KVSettings) else list(kv)
         rows = max([len(kvs), *(len(x) for x in given if x.ndim)])
         lengths = [len(kvs), *(len(x) for x in given if x.ndim)]
         if not set(lengths) <= {1, rows}:
             raise ValueError(f"operating: expected one value a row or one for all, got {lengths} of them; give {rows}")
-        knobs, starts, adapters = (x.expand(rows) for x in given)
-        return cls(knobs, starts.long(), adapters.long(), KVRows.of(kvs if len(kvs) == rows else kvs * rows))
+        knobs, starts, adapters, budgets = (x.expand(rows) for x in given)
+        kv_rows = KVRows.of(kvs if len(kvs) == rows else kvs * rows)
+        return cls(knobs, starts.long(), budgets, adapters.long(), kv_rows)
 
     def __len__(self) -> int:
         return len(self.knob)
@@ -67,11 +78,14 @@ class Operating:
         """The rows `index` [N] long, in that order; rows may repeat."""
         at = index.to(self.knob.device)
         kv = self.kv.select(index.tolist())
-        return Operating(self.knob[at], self.start_rung[at], self.adapter[at], kv)
+        return Operating(self.knob[at], self.start_rung[at], self.budget[at], self.adapter[at], kv)
 
     def to(self, device: torch.device) -> Operating:
         """Its tensors on `device`; the KV policy stays on the host."""
-        return Operating(self.knob.to(device), self.start_rung.to(device), self.adapter.to(device), self.kv)
+        return replace(
+            self, knob=self.knob.to(device), start_rung=self.start_rung.to(device), budget=self.budget.to(device),
+            adapter=self.adapter.to(device),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,45 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
+from .rungs import rung_scales
 
 
 class OraclePolicy(RankPolicy):
-    """The chunk that opens at position n of row b gets `rung[b, n]` and `scale[b, n]`; the knob is ignored.
+    """The chunk that opens at position n of row b gets `rung[b, n]`; the knob is ignored.
 
-    `rung` is [B, N] long, `scale` [B, N]; positions past the schedule repeat its last column. Raises ValueError for
-    shapes that differ, a rung that does not exist, or a scale other than 1 at the top rung.
+    `rung` is [B, N] long; positions past the schedule repeat its last column. `scales` is [J], 1 at the top. Raises
+    ValueError for a schedule of another shape or with a rung that does not exist.
     """
 
     kind: ClassVar[str] = "oracle"
     rung: Tensor
-    scale: Tensor
+    scales: Tensor
 
-    def __init__(self, rungs: Sequence[int], rung: Tensor, scale: Tensor) -> None:
+    def __init__(self, rungs: Sequence[int], rung: Tensor, scales: Tensor | None = None) -> None:
         super().__init__(rungs)
-        if rung.ndim != 2 or rung.numel() == 0 or rung.shape != scale.shape:
-            shapes = f"{tuple(rung.shape)} and {tuple(scale.shape)}"
-            raise ValueError(f"rung, scale: expected two non-empty schedules of one shape [B, N], got {shapes}")
+        if rung.ndim != 2 or rung.numel() == 0:
+            raise ValueError(f"rung: expected a non-empty schedule [B, N], got shape {tuple(rung.shape)}")
         top = len(self.rungs) - 1
         low, high = int(rung.min()), int(rung.max())
         if low < 0 or high > top:
             raise ValueError(f"rung: expected indices in [0, {top}], got {low} to {high}")
-        if bool((scale[rung == top] != 1).any()):
-            raise ValueError("scale: expected 1 wherever the rung is the top one, which is exact, got other values")
         self.register_buffer("rung", rung.detach().long().clone())
-        self.register_buffer("scale", scale.detach().to(torch.float32).clone())
+        self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
-        rows, length = self.rung.shape
-        count = summary.position.shape[0]
-        if count > rows:
-            raise ValueError(f"oracle: expected at most the {rows} rows of its schedule, got {count}; record the rest")
-        column = summary.position.clamp(0, length - 1)[:, None]
-        rung = self.rung[:count].gather(1, column).squeeze(1)
-        return Decision(rung, self.scale[:count].float().gather(1, column).squeeze(1))
+        column = summary.position.clamp(0, self.rung.shape[1] - 1)
+        rung = self.rung[summary.rows(), column]
+        return Decision(rung, self.scales.float().expand(len(rung), -1))
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, 0.0

@@ -108,7 +108,7 @@ class PercentilePolicy(RankPolicy):
         value, known = self.value(summary)
         centred = torch.where(known, 2 * self.percentile(value) - 1, 0.0)
         rung = nearest_rung(knob + self.spread * centred, len(self.rungs))
-        return Decision(rung, self.scales.float().index_select(0, rung))
+        return Decision(rung, self.scales.float().expand(len(rung), -1))
 
     def knob_range(self) -> tuple[float, float]:
         return -self.spread, len(self.rungs) - 1 + self.spread

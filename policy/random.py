@@ -52,10 +52,9 @@ class RandomPolicy(RankPolicy):
         self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
-        row = torch.arange(knob.shape[0], device=summary.position.device)
-        draw = uniform_hash(self.seed, row, summary.position)
+        draw = uniform_hash(self.seed, summary.rows(), summary.position)
         rung = nearest_rung(knob + self.spread * (2 * draw - 1), len(self.rungs))
-        return Decision(rung, self.scales.float().index_select(0, rung))
+        return Decision(rung, self.scales.float().expand(len(rung), -1))
 
     def knob_range(self) -> tuple[float, float]:
         return -self.spread, len(self.rungs) - 1 + self.spread

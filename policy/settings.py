@@ -133,6 +133,9 @@ class Settings:
     def __post_init__(self) -> None:
         _check(self.block_tokens >= 1, "block_tokens", "an integer of at least 1", self.block_tokens)
         _check(self.fade_tokens in FADES, "fade_tokens", f"one of {FADES}", self.fade_tokens)
+        # A fade reads the rung it leaves: it must have ended before the next chunk may open.
+        least = self.chunk.min_tokens
+        _check(self.fade_tokens <= least, "fade_tokens", f"at most chunk.min_tokens, {least}", self.fade_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""

@@ -50,6 +50,11 @@ class RunPlan:
         ranks = [ladder.mean_rank().double() for ladder in self.ladders]
         return torch.stack([torch.cat([r, r[-1:].expand(len(self.policy.rungs) - len(r))]) for r in ranks])
 
+    def rung_cost(self) -> Tensor:
+        """[A, J] float64 bytes of every ladder's rungs, relative to its exact adapter."""
+        ranks = self.rung_rank()
+        return ranks / ranks[:, -1:]
+
 
 def plan_run(
     adapter: AdapterSource | Sequence[AdapterSource],

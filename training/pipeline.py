@@ -25,7 +25,7 @@ from policy.settings import SIGNALS
 from runtime.ladder import Ladder
 
 from .amounts import Amounts
-from .compare.curves import Bench, Curve, fixed_curve, oracle_curve, policy_curve
+from .compare.curves import Bench, Curve, capped_curve, fixed_curve, oracle_curve, policy_curve
 from .compare.hindsight import Hindsight, Oracle
 from .compare.scorer import HeldOut, Scorer
 from .documents import Example, load_corpus
@@ -81,6 +81,8 @@ def compare_policies(
     for name, policy in movers.items():
         curves[name] = policy_curve(name, policy, settings, validation, test, cost, aims)
         context.say(f"measured {name}")
+    curves["capped"] = capped_curve(curves["learned"], learned, settings, test, cost, aims)
+    context.say("measured learned as served, its budget kept")
     known = tuple(tuple(_hindsight(context, task, calibrated)) for task in tasks)
     oracle = Oracle(test, known, scales, task_rank(tasks))
     curves["oracle"] = oracle_curve(settings, oracle, rung_rank(tasks), aims)

@@ -1,153 +1,44 @@
 """The tensor state machine that turns signals into chunks, decisions and rung weights.
 
-One state, batched over rows, advanced by two pure functions:
+One state, batched over rows, advanced block by block by two pure functions:
 
-    step_token      before a token is processed: its token-only signals, does it open a chunk, at which rung and scale
-    complete_block  after a forward pass: the model's own signals of the tokens it handled
+    open_block      before a pass: which of its tokens open a chunk, at which rung and scale, what gates every token
+    complete_block  after it: the model's own signals of the tokens it handled
 
 A decision therefore sees only what is completed, plus the opening token's own novelty and prior; and it sees all of
-that: what became known since the last opening waits for the next one, whichever chunk its tokens belong to. The same
-code runs in training, prefill and decode, on any device, without a host synchronisation. Source: DESIGN sections 4-6.
+that: what became known since the last opening waits for the next one, whichever chunk its tokens belong to. What an
+opening at each token of the block would see, and what the policy would choose there, is computed for all of them at
+once; only what depends on the token before (`recurrence`, `bucket`) goes token by token. A decode step is the block of
+one token. The same code runs in training, prefill and decode, on any device, without a host synchronisation. Source:
+DESIGN sections 4-6.
 
-Shape legend: B rows, T tokens of a block, S signals (in the order of `SIGNALS`), J rungs.
+Shape legend: B rows, T tokens of a block (real ones first, padding behind), S signals (in the order of `SIGNALS`),
+J rungs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from policy.contract import RankPolicy, Summary
-from policy.operating import Operating
-from policy.settings import MODEL_SIGNALS, SIGNALS, ChunkSettings, Settings
+from policy.contract import Decision, RankPolicy, Summary
+from policy.settings import SIGNALS, Settings
 
-# Slices of the signal axis: views, where index lists would copy an index to the device at every token.
-MODEL_OUTPUT = slice(0, len(MODEL_SIGNALS))
-TOKEN_ONLY = slice(len(MODEL_SIGNALS), len(SIGNALS))
-
-_Part = TypeVar("_Part")
-
-
-@dataclass(frozen=True)
-class Smoothed:
-    """Running mean of every signal over all tokens so far."""
-
-    mean: Tensor
-    """[B, S]"""
-    seen: Tensor
-    """[B, S] bool: a value of this signal exists."""
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Signals that have become known since the last opening: what the next one will see."""
-
-    total: Tensor
-    """[B, S] their sum."""
-    peak: Tensor
-    """[B, S] their maximum."""
-    last: Tensor
-    """[B, S] the latest of them."""
-    count: Tensor
-    """[B, S] how many they are."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the latest opening saw."""
-
-    stats: Tensor
-    """[B, S, 3] mean, max, last."""
-    valid: Tensor
-    """[B, S] bool"""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The open chunk."""
-
-    start: Tensor
-    """[B] long: position of its first token."""
-    level: Tensor
-    """[B] long: complexity class when it opened."""
-    rung: Tensor
-    """[B] long: its rung index."""
-    scale: Tensor
-    """[B] its scale."""
-
-
-@dataclass(frozen=True)
-class Fade:
-    """Weights over rungs, scales folded in."""
-
-    start: Tensor
-    """[B, J] when the open chunk opened."""
-    end: Tensor
-    """[B, J] one-hot of its rung times its scale."""
-    now: Tensor
-    """[B, J] of the latest token."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything a row remembers between tokens. Every tensor has the rows first."""
-
-    position: Tensor
-    """[B] long: index of the next token, from the row's first real one."""
-    level: Tensor
-    """[B] long: complexity class now."""
-    smoothed: Smoothed
-    gathered: Gathered
-    held: Held
-    chunk: Chunk
-    fade: Fade
-    operating: Operating
-    """What the rows may spend; no token changes it."""
-
-    def select(self, index: Tensor) -> State:
-        """The rows `index` [N] long, in that order; rows may repeat."""
-        rows = _over_tensors(lambda tensor: tensor.index_select(0, index), self)
-        return replace(rows, operating=self.operating.select(index))
-
-    def where(self, live: Tensor, other: State) -> State:
-        """This state in rows where `live` [B] bool holds, `other` elsewhere."""
-        return _over_tensors(lambda new, old: torch.where(live.view(-1, *[1] * (new.dim() - 1)), new, old), self, other)
-
-
-def _over_tensors(function: Callable[..., Tensor], *parts: _Part) -> _Part:
-    """`function` over the tensors of equal parts of a state; what rows may spend is left as it is."""
-    first: Any = parts[0]
-    if isinstance(first, Tensor):
-        return function(*parts)  # type: ignore[return-value]
-    if isinstance(first, Operating):
-        return first  # type: ignore[return-value]
-    names = [field.name for field in fields(first)]
-    return replace(first, **{name: _over_tensors(function, *(getattr(part, name) for part in parts)) for name in names})
-
-
-def initial_state(operating: Operating, rungs: int, device: torch.device) -> State:
-    """The state of `len(operating)` rows before the first token: the start rung at full weight, no signal seen."""
-    operating = operating.to(device)
-    rows, signals = len(operating), len(SIGNALS)
-    zeros = torch.zeros(rows, signals, device=device)
-    none = torch.zeros(rows, signals, dtype=torch.bool, device=device)
-    index = torch.zeros(rows, dtype=torch.long, device=device)
-    start = operating.start_rung
-    weights = torch.nn.functional.one_hot(start, rungs).float()
-    return State(
-        position=index,
-        level=index,
-        smoothed=Smoothed(zeros, none),
-        gathered=Gathered(zeros, zeros, zeros, zeros),
-        held=Held(torch.zeros(rows, signals, 3, device=device), none),
-        chunk=Chunk(index, index, start, torch.ones(rows, device=device)),
-        fade=Fade(weights, weights, weights),
-        operating=operating,
-    )
+from .bucket import pay
+from .known import (
+    MODEL_OUTPUT,
+    TOKEN_ONLY,
+    at_end,
+    gathered_tokens,
+    left_over,
+    running_mean,
+    smoothed_tokens,
+    would_see,
+)
+from .recurrence import class_bounds, levels, openings
+from .state import Chunk, Gathered, Held, Smoothed, State, over_tensors
 
 
 @dataclass(frozen=True)
@@ -158,12 +49,30 @@ class Constants:
     """[S]"""
     thresholds: Tensor
     """[classes - 1]"""
+    limited: bool
+    """Whether any row has a budget to keep: without, nothing needs paying token by token."""
 
     @classmethod
-    def of(cls, settings: Settings, device: torch.device) -> Constants:
+    def of(cls, settings: Settings, limited: bool, device: torch.device) -> Constants:
         chunk = settings.chunk
         weights = torch.tensor([chunk.weights[name] for name in SIGNALS], device=device)
-        return cls(weights, torch.tensor(chunk.thresholds, device=device))
+        return cls(weights, torch.tensor(chunk.thresholds, device=device), limited)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was decided for a block; in the place of padding it holds nothing of use."""
+
+    opens: Tensor
+    """[B, T] bool: a chunk opens here."""
+    chunk: Chunk
+    """[B, T] each: the chunk that the token is in."""
+    held: Held
+    """[B, T, ...]: what its opening saw."""
+    weights: Tensor
+    """[B, T, J] float32 over rungs, scales folded in: what gates the token."""
+    active: Tensor
+    """[B, T] long: highest rung index with any weight."""
 
 
 def token_complexity(values: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
@@ -172,47 +81,51 @@ def token_complexity(values: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-9)
 
 
-def complexity_level(complexity: Tensor, level: Tensor, chunk: ChunkSettings, thresholds: Tensor) -> Tensor:
-    """Class after hysteresis: it moves only as far as the complexity is past a threshold by the margin."""
-    at_least = (complexity[:, None] > thresholds + chunk.hysteresis).sum(1)
-    at_most = (complexity[:, None] > thresholds - chunk.hysteresis).sum(1)
-    return torch.minimum(torch.maximum(level, at_least), at_most)
+def open_block(
+    state: State, signals: Tensor, in_prompt: Tensor, real: Tensor, settings: Settings, policy: RankPolicy,
+    constants: Constants,
+) -> tuple[State, Opened]:  # fmt: skip
+    """Decide for every token of a block that is about to be processed.
 
-
-def step_token(
-    state: State, token_signals: Tensor, in_prompt: Tensor, settings: Settings, policy: RankPolicy, constants: Constants
-) -> tuple[State, Tensor]:
-    """Advance every row by one token that is about to be processed.
-
-    token_signals [B, 2] are its novelty and prior, in_prompt [B] bool. Returns the new state, whose `fade.now` gates
-    this token, and [B] bool: the token opens a chunk.
+    signals [B, T, 2] are the tokens' novelty and prior, in_prompt and real [B, T] bool. Returns the state after the
+    block and what was decided.
     """
-    here = torch.ones_like(in_prompt)[:, None]
-    smoothed = _smooth(state.smoothed, TOKEN_ONLY, token_signals[:, None], here, settings.chunk.smoothing)
+    steps = torch.arange(real.shape[1], device=real.device)
+    positions, count = state.position[:, None] + steps, real.sum(1)
+    smoothed = smoothed_tokens(state.smoothed, signals, settings.chunk.smoothing)
     complexity = token_complexity(smoothed.mean, smoothed.seen, constants.signal_weights)
-    level = complexity_level(complexity, state.level, settings.chunk, constants.thresholds)
-    opens = _opens(state, level, settings.chunk)
-    held, gathered = _hand_over(state.held, state.gathered, opens)
+    level = levels(state.level, *class_bounds(complexity, settings.chunk, constants.thresholds), real)
+    opens, start = openings(state.chunk.start, state.chunk.level, positions, level, real, settings.chunk)
+    # Of every token the index of the block's latest opening, itself included; -1: none, the open chunk goes on.
+    latest = torch.where(opens, steps, -1).cummax(1).values
 
-    operating = state.operating
-    decision = policy.decide(Summary(held.stats, held.valid, token_signals, state.position), operating.knob)
-    # Before the first completed block there is nothing to decide from: the start rung stands.
-    # A prompt never runs above it either, so that a budget holds from the first token on.
-    start_only = ~smoothed.seen[:, 0] | (in_prompt & (decision.rung > operating.start_rung))
-    rung = torch.where(start_only, operating.start_rung, decision.rung)
-    scale = torch.where(start_only, 1.0, decision.scale)
-    chunk = Chunk(
-        start=torch.where(opens, state.position, state.chunk.start),
-        level=torch.where(opens, level, state.chunk.level),
-        rung=torch.where(opens, rung, state.chunk.rung),
-        scale=torch.where(opens, scale, state.chunk.scale),
+    gathered = gathered_tokens(state.gathered, signals, latest)
+    seen = would_see(state.held, state.gathered, gathered)
+    decision = _decide(policy, seen, signals, positions, state.operating.knob)
+    wish = _within_start(decision.rung.view_as(positions), state, in_prompt)
+    rung, bucket = _since(latest, wish, state.chunk.rung), state.bucket
+    if constants.limited:
+        chunk = state.chunk
+        rung, bucket = pay(bucket, chunk.rung, chunk.before_rung, wish, opens, positions, start, real, settings)
+    scale = decision.scales.view(*rung.shape, -1).gather(2, rung[..., None])[..., 0]
+    chunk = _chunks(state.chunk, rung, scale, level, start, positions, latest)
+    held = over_tensors(lambda now, carried: _since(latest, now, carried), seen, state.held)
+    weights, active = _weights(chunk, positions, decision.scales.shape[1], settings.fade_tokens)
+
+    def after(tokens: Tensor, carried: Tensor) -> Tensor:
+        return at_end(count, tokens, carried)
+
+    after_block = State(
+        position=state.position + count,
+        level=after(level, state.level),
+        smoothed=over_tensors(after, smoothed, state.smoothed),
+        gathered=left_over(state.gathered, gathered, count, opens),
+        held=over_tensors(after, held, state.held),
+        chunk=over_tensors(after, chunk, state.chunk),
+        bucket=bucket,
+        operating=state.operating,
     )
-    state = replace(
-        state, position=state.position + 1, level=level, smoothed=smoothed, held=held, chunk=chunk,
-        gathered=_gather(gathered, TOKEN_ONLY, token_signals[:, None], here),
-        fade=_fade(state.fade, chunk, state.position, opens, settings.fade_tokens),
-    )  # fmt: skip
-    return state, opens
+    return after_block, Opened(opens, chunk, held, weights, active)
 
 
 def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settings) -> State:
@@ -220,66 +133,73 @@ def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settin
 
     outputs [B, T, 2] are entropy and attention, real [B, T] bool (False: padding, trailing).
     """
+    count, alpha, smoothed, gathered = real.sum(1), settings.chunk.smoothing, state.smoothed, state.gathered
+    before, seen = smoothed.mean[:, MODEL_OUTPUT], smoothed.seen[:, MODEL_OUTPUT]
+    mean = at_end(count, running_mean(before, seen, outputs, alpha), before)
+    mask = real[..., None]
+    now = Gathered(
+        total=gathered.total[:, MODEL_OUTPUT] + (outputs * mask).sum(1),
+        peak=torch.maximum(gathered.peak[:, MODEL_OUTPUT], outputs.masked_fill(~mask, 0.0).amax(1)),
+        last=at_end(count, outputs, gathered.last[:, MODEL_OUTPUT]),
+        count=gathered.count[:, MODEL_OUTPUT] + count[:, None],
+    )
     return replace(
         state,
-        smoothed=_smooth(state.smoothed, MODEL_OUTPUT, outputs, real, settings.chunk.smoothing),
-        gathered=_gather(state.gathered, MODEL_OUTPUT, outputs, real),
+        smoothed=Smoothed(_joined(mean, smoothed.mean), _joined(seen | (count > 0)[:, None], smoothed.seen)),
+        gathered=over_tensors(_joined, now, gathered),
     )
 
 
-def _opens(state: State, level: Tensor, chunk: ChunkSettings) -> Tensor:
-    length = state.position - state.chunk.start
-    changed = (level != state.chunk.level) & (length >= chunk.min_tokens)
-    return (state.position == 0) | (length >= chunk.max_tokens) | changed
+def _joined(outputs: Tensor, signals: Tensor) -> Tensor:
+    """`signals` [B, S] with new values [B, 2] of what the model puts out."""
+    return torch.cat([outputs, signals[:, TOKEN_ONLY]], 1)
 
 
-def _hand_over(held: Held, gathered: Gathered, opens: Tensor) -> tuple[Held, Gathered]:
-    """Where a chunk opens, what has been gathered is what it sees, and gathering starts anew."""
-    fresh = opens[:, None] & (gathered.count > 0)
-    mean = gathered.total / gathered.count.clamp(min=1)
-    stats = torch.where(fresh[..., None], torch.stack([mean, gathered.peak, gathered.last], dim=-1), held.stats)
-    emptied = _over_tensors(lambda tensor: tensor.masked_fill(opens[:, None], 0.0), gathered)
-    return Held(stats, held.valid | fresh), emptied
+def _decide(policy: RankPolicy, seen: Held, signals: Tensor, positions: Tensor, knob: Tensor) -> Decision:
+    """The policy's choice for a chunk opening at each of the B x T tokens."""
+    rows = torch.arange(len(positions), device=positions.device)
+    summary = Summary(
+        seen.stats.flatten(0, 1), seen.valid.flatten(0, 1), signals.flatten(0, 1), positions.flatten(),
+        rows[:, None].expand_as(positions).flatten(),
+    )  # fmt: skip
+    return policy.decide(summary, knob[:, None].expand_as(positions).flatten())
 
 
-def _fade(fade: Fade, chunk: Chunk, position: Tensor, opens: Tensor, fade_tokens: int) -> Fade:
-    opened = opens[:, None]
-    target = torch.nn.functional.one_hot(chunk.rung, fade.now.shape[1]) * chunk.scale[:, None]
-    start, end = torch.where(opened, fade.now, fade.start), torch.where(opened, target, fade.end)
-    progress = ((position - chunk.start + 1) / fade_tokens).clamp(max=1.0)
-    return Fade(start, end, torch.lerp(start, end, progress[:, None]))  # lerp is exact at both ends
+def _within_start(rung: Tensor, state: State, in_prompt: Tensor) -> Tensor:
+    """rung [B, T], or the start rung: before the first completed block there is nothing to decide from, and a prompt
+    never runs above it, so that a budget holds from the first token on."""
+    start, known = state.operating.start_rung[:, None], state.smoothed.seen[:, :1]
+    return torch.where(~known | (in_prompt & (rung > start)), start, rung)
 
 
-def _smooth(smoothed: Smoothed, signals: slice, values: Tensor, real: Tensor, alpha: float) -> Smoothed:
-    """Move the running means of `signals` over values [B, T, 2] where real [B, T]; the first one is taken whole.
-
-    The recurrence m <- m + alpha (x - m) is linear, so T tokens are one weighted sum: x_t counts alpha (1 - alpha) to
-    the power of the tokens behind it.
-    """
-    before, seen = smoothed.mean[:, signals], smoothed.seen[:, signals]
-    count = real.sum(1, keepdim=True)
-    steps = torch.arange(values.shape[1], device=values.device)
-    decay = torch.pow(1.0 - alpha, (count - 1 - steps).clamp(min=0).float()) * real
-    first = (steps == 0)[:, None] & ~seen[:, None]
-    weights = decay[..., None] * torch.where(first, 1.0, alpha)
-    kept = torch.pow(1.0 - alpha, count.float()) * seen
-    after = before * kept + (values * weights).sum(1)
-    mean, all_seen = smoothed.mean.clone(), smoothed.seen.clone()
-    mean[:, signals] = torch.where(count > 0, after, before)
-    all_seen[:, signals] = seen | (count > 0)
-    return Smoothed(mean, all_seen)
+def _chunks(
+    carried: Chunk, rung: Tensor, scale: Tensor, level: Tensor, start: Tensor, positions: Tensor, latest: Tensor
+) -> Chunk:
+    """[B, T] each: the chunk of every token; rung and start are that already, scale and level as if it opened there."""
+    scale, level = _since(latest, scale, carried.scale), _since(latest, level, carried.level)
+    # A chunk that opens comes from the one of the token before it.
+    last_rung = torch.cat([carried.rung[:, None], rung[:, :-1]], 1)
+    last_scale = torch.cat([carried.scale[:, None], scale[:, :-1]], 1)
+    first = positions == 0
+    before_rung = _since(latest, torch.where(first, rung, last_rung), carried.before_rung)
+    before_scale = _since(latest, torch.where(first, scale, last_scale), carried.before_scale)
+    return Chunk(start, level, rung, scale, before_rung, before_scale)
 
 
-def _gather(gathered: Gathered, signals: slice, values: Tensor, real: Tensor) -> Gathered:
-    """Add values [B, T, 2] where real [B, T]."""
-    mask = real[..., None]
-    total, peak = gathered.total.clone(), gathered.peak.clone()
-    last, count = gathered.last.clone(), gathered.count.clone()
-    total[:, signals] += (values * mask).sum(1)
-    peak[:, signals] = torch.maximum(peak[:, signals], values.masked_fill(~mask, 0.0).amax(1))
-    count[:, signals] += mask.sum(1)
-    # The last real token: padding trails, so it is the one with the largest index.
-    newest = real.sum(1)
-    picked = values.gather(1, (newest - 1).clamp(min=0)[:, None, None].expand(-1, 1, values.shape[2]))[:, 0]
-    last[:, signals] = torch.where(newest[:, None] > 0, picked, last[:, signals])
-    return Gathered(total, peak, last, count)
+def _weights(chunk: Chunk, positions: Tensor, rungs: int, fade_tokens: int) -> tuple[Tensor, Tensor]:
+    """Weights over rungs [B, T, J] float32 and the highest active rung [B, T] of tokens in chunks [B, T]."""
+    index = torch.arange(rungs, device=positions.device)
+    target = (chunk.rung[..., None] == index) * chunk.scale[..., None]
+    if fade_tokens == 1:
+        return target, chunk.rung
+    before = (chunk.before_rung[..., None] == index) * chunk.before_scale[..., None]
+    age = positions - chunk.start + 1
+    # lerp is exact at both ends
+    weights = torch.lerp(before, target, (age / fade_tokens).clamp(max=1.0)[..., None])
+    return weights, torch.where(age < fade_tokens, torch.maximum(chunk.rung, chunk.before_rung), chunk.rung)
+
+
+def _since(latest: Tensor, opened: Tensor, carried: Tensor) -> Tensor:
+    """What holds at each token: opened [B, T, ...] at its latest opening in the block, or else carried [B, ...]."""
+    at = latest.view(*latest.shape, *[1] * (opened.dim() - 2))
+    return torch.where(at >= 0, opened.gather(1, at.clamp(min=0).expand_as(opened)), carried[:, None])

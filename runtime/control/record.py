@@ -1,7 +1,8 @@
 """What rows spent, as running sums of fixed size, and on request everything that was decided.
 
 The sums are always kept: tokens by active rung, prompt and response apart, so that a generation of any length says
-what it cost in the same few numbers. The record grows with the text; collection, scoring and `return_trace` ask for it.
+what it cost in the same few numbers. The record grows with the text: scoring asks for the rungs, collection and
+`return_trace` for every decision (`Keep`).
 
 Shape legend: B rows, T tokens of a block, N tokens so far, S signals, J rungs.
 """
@@ -9,6 +10,7 @@ Shape legend: B rows, T tokens of a block, N tokens so far, S signals, J rungs.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -45,10 +47,23 @@ class Block:
     """[B, T, 2] the token's own novelty and prior."""
 
 
+class Keep(IntEnum):
+    """What a stream keeps of every token, each step with all that comes before it; all but the first grow with the
+    text."""
+
+    SUMS = 0
+    """Nothing: sums alone."""
+    RUNGS = 1
+    """The highest active rung."""
+    DECISIONS = 2
+    """Signals, chunks, rungs and scales."""
+
+
 class Record:
-    """Everything decided and heard since the first token."""
+    """What was decided and heard since the first token, as far as it was asked for."""
 
     def __init__(self) -> None:
+        self.active: list[Tensor] = []
         self.blocks: list[Block] = []
         self.complexities: list[Tensor] = []
 

@@ -4,28 +4,36 @@ The stream wraps the pure state machine with what it needs per sequence: past to
 for the prior, and the running sums of what was spent. What it holds does not grow with the text, unless a record is
 asked for. Nothing here synchronises with the host.
 
+A policy that does not look at the text, with full-precision KV pages and no record of the signals, needs none of them:
+such a stream is `static`, neither measures nor decides, and may take a whole prompt as one block.
+
 Shape legend: B rows, T tokens of a block, V vocabulary, J rungs.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from policy.contract import RankPolicy
+from policy.contract import RankPolicy, Summary
 from policy.operating import Operating
-from policy.settings import Settings
+from policy.rungs import nearest_rung
+from policy.settings import SIGNALS, STATS, TOKEN_SIGNALS, Settings
 
-from .machine import Constants, State, complete_block, initial_state, step_token, token_complexity
-from .record import Block, Record, Sums
+from .bucket import SAME_COST
+from .machine import Constants, complete_block, open_block, token_complexity
+from .record import Block, Keep, Record, Sums
 from .signals import NO_TOKEN, history_tokens, next_token_entropy, ngram_novelty, positional_prior, roll_history
+from .state import initial_state
 
 
 class Stream:
-    """Signals, chunks and decisions of the rows of `operating`.
+    """Signals, chunks and decisions of the rows of `operating`, whose rungs cost `cost` [B, J] of their adapters.
 
-    `prompt_tokens` [B] says where every row's response starts (default: at its first token); `keep_record` keeps
-    everything that was decided, not only its sums.
+    `prompt_tokens` [B] says where every row's response starts (default: at its first token); `keep` says what is kept
+    of every token beside the sums.
     """
 
     def __init__(
@@ -33,63 +41,63 @@ class Stream:
         settings: Settings,
         policy: RankPolicy,
         operating: Operating,
+        cost: Tensor,
         device: torch.device,
         prompt_tokens: Tensor | None = None,
         *,
-        keep_record: bool = False,
+        keep: Keep = Keep.SUMS,
     ) -> None:
         rows = len(operating)
-        self.settings, self.policy = settings, policy
+        self.rows, self.settings, self.policy, self.keep = rows, settings, policy, keep
         self.prompt_tokens = torch.zeros(rows, dtype=torch.long, device=device)
         if prompt_tokens is not None:
             self.prompt_tokens = prompt_tokens.to(device)
-        self.state = initial_state(operating, len(policy.rungs), device)
-        self.constants = Constants.of(settings, device)
+        self.static = None if keep is Keep.DECISIONS else static_rungs(policy, operating, cost)
+        """The rung index of every row, on the host, where no token changes it; else None."""
+        self.adapters: list[int] = operating.adapter.tolist()
+        """Which ladder every row uses, on the host."""
+        self.state = initial_state(operating, cost, device)
+        self.constants = Constants.of(settings, bool(operating.budget.isfinite().any()), device)
+        if self.static is not None:
+            self._static = _static_weights(policy, self.state.operating.knob)
         past = history_tokens(settings.signals.novelty_window_tokens)
         self.history = torch.full((rows, past), NO_TOKEN, dtype=torch.long, device=device)
         self.sums = Sums(rows, len(policy.rungs), device)
-        self.record = Record() if keep_record else None
+        self.record = Record()
         self._block: Block | None = None
 
     @torch.no_grad()
-    def open_block(self, tokens: Tensor, real: Tensor, ragged: bool) -> Tensor:
+    def open_block(self, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Decide for every token of a block before it is processed.
 
-        tokens [B, T] long, real [B, T] bool with padding trailing (`ragged` False promises that there is none).
-        Returns the weights over rungs, [B, T, J] float32.
+        tokens [B, T] long, real [B, T] bool with padding trailing. Returns the weights over rungs, [B, T, J] float32
+        (or [B, 1, J], the same for all tokens), and the highest active rung, [B, T] long.
         """
         tokens = torch.where(real, tokens, NO_TOKEN)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.state.position[:, None] + steps
         in_prompt = positions < self.prompt_tokens[:, None]
+        if self.static is not None:
+            weights, rung = self._static
+            active = rung[:, None].expand_as(tokens)
+            self.state = replace(self.state, position=self.state.position + real.sum(1))
+        else:
+            weights, active = self._decide(tokens, real, positions, in_prompt)
+        self.sums.add(tokens, real, ~in_prompt, active)
+        if self.keep >= Keep.RUNGS:
+            self.record.active.append(active)
+        return weights, active
+
+    def _decide(self, tokens: Tensor, real: Tensor, positions: Tensor, in_prompt: Tensor) -> tuple[Tensor, Tensor]:
         signals = self._token_signals(tokens, real, positions)
-        states: list[State] = []
-        opens: list[Tensor] = []
-        for t in range(tokens.shape[1]):
-            before = self.state
-            after, opened = step_token(
-                before, signals[:, t], in_prompt[:, t], self.settings, self.policy, self.constants
-            )
-            if ragged:
-                after, opened = after.where(real[:, t], before), opened & real[:, t]
-            self.state = after
-            states.append(after)
-            opens.append(opened)
-        gates = torch.stack([state.fade.now for state in states], 1)
-        rungs = torch.arange(gates.shape[-1], device=gates.device)
-        self._block = Block(
-            positions=positions,
-            real=real,
-            opens=torch.stack(opens, 1),
-            rung=torch.stack([state.chunk.rung for state in states], 1),
-            scale=torch.stack([state.chunk.scale for state in states], 1),
-            active=((gates > 0) * rungs).amax(-1),
-            held=torch.stack([state.held.stats for state in states], 1),
-            held_valid=torch.stack([state.held.valid for state in states], 1),
-            first=signals,
+        self.state, opened = open_block(
+            self.state, signals, in_prompt, real, self.settings, self.policy, self.constants
         )
-        self.sums.add(tokens, real, ~in_prompt, self._block.active)
-        return gates
+        chunk, held = opened.chunk, opened.held
+        self._block = Block(
+            positions, real, opened.opens, chunk.rung, chunk.scale, opened.active, held.stats, held.valid, signals
+        )
+        return opened.weights, opened.active
 
     def _token_signals(self, tokens: Tensor, real: Tensor, positions: Tensor) -> Tensor:
         """[B, T, 2] novelty and prior; the history moves on."""
@@ -102,14 +110,14 @@ class Stream:
     @property
     def block(self) -> Block:
         """What was decided for the block under way, or else the latest one."""
-        assert self._block is not None, "open_block comes first"
+        assert self._block is not None, "open_block comes first, and a static stream decides nothing"
         return self._block
 
     @torch.no_grad()
     def close_block(self, logits: Tensor, attention: Tensor) -> Tensor:
         """Take in what the model put out for the block: logits [B, T, V], attention proxy [B, T].
 
-        Returns every token's complexity, [B, T] float32, by which its KV page is judged.
+        Returns every token's complexity, [B, T] float32, by which its KV page is judged. Not for a static stream.
         """
         block = self.block
         outputs = torch.stack([next_token_entropy(logits), attention], dim=-1)
@@ -117,21 +125,53 @@ class Stream:
         values = torch.cat([outputs, block.first], dim=-1)
         all_valid = torch.ones_like(values, dtype=torch.bool)
         complexity = token_complexity(values, all_valid, self.constants.signal_weights)
-        if self.record is not None:
+        if self.keep is Keep.DECISIONS:
             self.record.blocks.append(block)
             self.record.complexities.append(complexity)
         return complexity
 
     def columns(self) -> dict[str, Tensor]:
         """The record by column of processing, see `Record.columns`. Raises ValueError when none was asked for."""
-        if self.record is None:
+        if self.keep is not Keep.DECISIONS:
             raise ValueError("trace: expected a run that keeps its record, got one without; pass keep_record=True")
         return self.record.columns()
 
+    def active_rungs(self) -> Tensor:
+        """[B, N] long: the highest active rung of every column processed, of a stream that keeps them."""
+        assert self.keep >= Keep.RUNGS, "only a stream that keeps its rungs can tell them"
+        return torch.cat(self.record.active, 1)
+
     def select_rows(self, index: Tensor) -> Stream:
         """A stream that goes on from here with rows `index` [N] (repeats allowed) and an empty record."""
-        operating, keep = self.state.operating.select(index), self.record is not None
-        prompt_tokens = self.prompt_tokens[index]
-        other = Stream(self.settings, self.policy, operating, index.device, prompt_tokens, keep_record=keep)
-        other.state, other.history, other.sums = self.state.select(index), self.history[index], self.sums.select(index)
+        state = self.state.select(index)
+        other = Stream(
+            self.settings, self.policy, state.operating, state.bucket.cost, index.device, self.prompt_tokens[index],
+            keep=self.keep,
+        )  # fmt: skip
+        other.state, other.history, other.sums = state, self.history[index], self.sums.select(index)
         return other
+
+
+def static_rungs(policy: RankPolicy, operating: Operating, cost: Tensor) -> list[int] | None:
+    """The rung index of every row where neither text nor budget can change it, and nothing else needs signals.
+
+    cost is [B, J]. A fixed policy that starts elsewhere than where it goes on is not static.
+    """
+    if policy.looks or not operating.kv.is_full:
+        return None
+    rung = nearest_rung(operating.knob, len(policy.rungs))
+    affordable = cost.to(rung.device).gather(1, rung[:, None])[:, 0] <= operating.budget + SAME_COST
+    stays = bool(((operating.start_rung == rung) & affordable).all())
+    return rung.tolist() if stays else None
+
+
+def _static_weights(policy: RankPolicy, knob: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights over rungs [B, 1, J] and the rung [B] of a policy that does not look."""
+    rows, index = len(knob), torch.arange(len(knob), device=knob.device)
+    blind = Summary(
+        knob.new_zeros(rows, len(SIGNALS), len(STATS)), torch.zeros(rows, len(SIGNALS), device=knob.device).bool(),
+        knob.new_zeros(rows, len(TOKEN_SIGNALS)), index,
+    )  # fmt: skip
+    decision = policy.decide(blind, knob)
+    one_hot = decision.rung[:, None] == torch.arange(decision.scales.shape[1], device=knob.device)
+    return (one_hot * decision.scales)[:, None], decision.rung

@@ -18,5 +18,5 @@ def direction_gate(weights: Tensor, reads: Tensor) -> Tensor:
 
 
 def lora_delta(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """B'(g * (A' x)): x [B, T, d_in], a [r, d_in], b [r, d_out], gate [B, T, r] -> [B, T, d_out]."""
+    """B'(g * (A' x)): x [B, T, d_in], a [r, d_in], b [r, d_out], gate [B, T, r] or [B, 1, r] -> [B, T, d_out]."""
     return ((x.to(a.dtype) @ a.T) * gate.to(a.dtype)) @ b

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from policy.checkpoint import PolicyCheckpoint
 
+from ..control.record import Keep
 from ..fingerprint import model_fingerprint
 from ..ladder import Ladder
 from ..plan import AdapterSource, RunPlan, plan_run
@@ -56,17 +57,17 @@ def adaptive(
         adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
         model_fingerprint=fingerprint, device=model.device,
     )  # fmt: skip
-    with activate(model, plan, keep_record=keep_record) as run:
+    with activate(model, plan, keep=Keep.DECISIONS if keep_record else Keep.SUMS) as run:
         yield run
 
 
 @contextmanager
-def activate(model: PreTrainedModel, plan: RunPlan, *, keep_record: bool = False) -> Iterator[AdaptiveRun]:
+def activate(model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS) -> Iterator[AdaptiveRun]:
     """`adaptive` for a plan that is already settled."""
     if hasattr(model.forward, "adaptive_run"):
         raise ValueError("model: expected one that is not adaptive yet, got one inside `adaptive`; leave that first")
     linears = [adapted_modules(model, ladder) for ladder in plan.ladders]
-    run = AdaptiveRun(model, plan, keep_record=keep_record)
+    run = AdaptiveRun(model, plan, keep=keep)
     with ExitStack() as undo:
         undo.enter_context(probed_attention(model, run.probe))
         for ladder, gate, adapted in zip(plan.ladders, run.gates, linears, strict=True):

@@ -28,15 +28,17 @@ class AttentionProbe:
         wanted = min(probed, layers)
         self.layers = {round((i + 1) * layers / wanted) - 1 for i in range(wanted)}
         self.recent_pages = recent_pages
+        self.listening = False
+        """Whether the pass under way is listened to at all: what decides nothing needs no attention."""
         self.positions: Tensor | None = None
         self._mass: list[Tensor] = []
         self._received: list[Tensor] = []
         self.keeps_received = False
         """Also collect the mass each slot receives (only `sparse` pages need it)."""
 
-    def begin(self, positions: Tensor) -> None:
-        """Start a pass whose query tokens lie at `positions` [B, T]; padding has -1."""
-        self.positions, self._mass, self._received = positions, [], []
+    def begin(self, positions: Tensor | None) -> None:
+        """Start a pass whose query tokens lie at `positions` [B, T], padding at -1; None: do not listen to it."""
+        self.listening, self.positions, self._mass, self._received = positions is not None, positions, [], []
 
     def record(self, weights: Tensor) -> None:
         """Take in one probed layer's softmax, [B, H, T, N]."""
@@ -97,7 +99,7 @@ def _probing(probe: AttentionProbe, original: str) -> Callable[..., tuple[Tensor
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
         eager = eager_attention(module)
-        if module.layer_idx in probe.layers:
+        if probe.listening and module.layer_idx in probe.layers:
             if original == "sdpa":  # which knows no soft cap: a probed layer computes what its neighbours do
                 kwargs.pop("softcap", None)
             output, weights = eager(module, query, key, value, attention_mask, **kwargs)

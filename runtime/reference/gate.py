@@ -31,21 +31,25 @@ class Gate:
         ]
         self._weights: Tensor | None = None
         self._active = NO_RUNG
-        self._cached: dict[int, Tensor] = {}
+        self._cached: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def set(self, weights: Tensor, active_rung: int) -> None:
-        """Weights over rungs [B, T, J] for the next pass; none above index `active_rung` is used (`NO_RUNG`: none)."""
+        """Weights over rungs [B, T, J] for the next pass, or [B, 1, J] for all its tokens alike; none above index
+        `active_rung` is used (`NO_RUNG`: none)."""
         self._weights, self._active, self._cached = weights[..., : len(self._ranks)], active_rung, {}
 
-    def directions(self, column: int) -> Tensor | None:
-        """[B, T, r] float32 direction weights of the modules of `column`, r their active rank; None where r is 0."""
+    def directions(self, column: int, like: Tensor) -> Tensor | None:
+        """[B, T, r] direction weights of the modules of `column`, r their active rank, on the device and in the dtype
+        of `like`; [B, 1, r] where all tokens have the same; None where r is 0."""
         assert self._weights is not None, "the stream sets the gate before every forward pass"
         rank = 0 if self._active == NO_RUNG else self._ranks[self._active][column]
         if rank == 0:
             return None
-        if column not in self._cached:
-            self._cached[column] = direction_gate(self._weights, self._reads[column][:, :rank])
-        return self._cached[column]
+        # Layers may lie on other devices than the stream.
+        key = (column, like.device, like.dtype)
+        if key not in self._cached:
+            self._cached[key] = direction_gate(self._weights, self._reads[column][:, :rank]).to(like)
+        return self._cached[key]
 
 
 class AdaptedLinear:
@@ -58,12 +62,10 @@ class AdaptedLinear:
         self.gate, self.column, self.a, self.b = gate, column, a, b
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gate = self.gate.directions(self.column)
+        gate = self.gate.directions(self.column, self.a)
         if gate is None:
             return output
-        rank = gate.shape[-1]
-        x = args[0]
-        if x.shape[:-1] != gate.shape[:-1]:  # some models flatten [B, T] on the way
-            gate = gate.reshape(*x.shape[:-1], rank)
-        gate = gate.to(x.device)  # layers may lie on other devices than the stream
+        rank, x = gate.shape[-1], args[0]
+        if x.dim() != gate.dim():  # some models flatten [B, T] on the way
+            gate = gate.expand(-1, len(x) // len(gate), -1).reshape(*x.shape[:-1], rank)
         return output + lora_delta(x, self.a[:rank], self.b[:rank], gate).to(output.dtype)

@@ -20,13 +20,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from policy.operating import Operating
 from policy.settings import PAGE_TOKENS
 
-from ..control.record import PROMPT, RESPONSE, ChunkTrace, mean_rank, trace
+from ..control.record import PROMPT, RESPONSE, ChunkTrace, Keep, mean_rank, trace
 from ..control.stream import Stream
 from ..kv import FORMATS
-from ..plan import RunPlan
+from ..plan import STATIC_BLOCK_TOKENS, RunPlan
 from .attention import AttentionProbe
 from .gate import NO_RUNG, Gate
-from .layout import Layout
+from .layout import Columns, Layout
 from .mask import block_mask
 from .pages import PagedCache
 
@@ -51,11 +51,12 @@ class AdaptiveCache(PagedCache):
 class AdaptiveRun:
     """What `adaptive` yields: makes caches, runs forwards, tells what the latest sequences did.
 
-    With `keep_record` every decision is kept, for `trace`; it grows with the text.
+    `keep` says what is kept of every token; `trace` needs `Keep.DECISIONS`.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: RunPlan, *, keep_record: bool = False) -> None:
-        self.model, self.plan, self.keep_record = model, plan, keep_record
+    def __init__(self, model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS) -> None:
+        self.model, self.plan, self.keep = model, plan, keep
+        self._cost = plan.rung_cost()
         # A copy: the caller's policy stays on its device and in its mode.
         self.policy = copy.deepcopy(plan.policy).to(model.device).eval()
         config = model.config.get_text_config(decoder=True)
@@ -81,8 +82,9 @@ class AdaptiveRun:
         `operating`, by default the plan's. Raises ValueError when that is of another number of rows.
         """
         operating = (self.plan.operating if operating is None else operating).for_rows(rows)
+        cost = self._cost[operating.adapter]
         stream = Stream(
-            self.plan.settings, self.policy, operating, self.model.device, prompt_tokens, keep_record=self.keep_record
+            self.plan.settings, self.policy, operating, cost, self.model.device, prompt_tokens, keep=self.keep
         )
         self.last = AdaptiveCache(stream)
         return self.last
@@ -121,14 +123,14 @@ class AdaptiveRun:
         self, tokens: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache, keep: int | None = None
     ) -> Tensor:
         """Logits [B, keep, V] of the last `keep` columns (default: all) of tokens [B, T], appended to `cache`."""
-        held = cache.stream.state.position
+        held = cache.lengths or [0] * cache.stream.rows
         if len(held) != len(tokens):
             raise ValueError(
                 f"past_key_values: expected a cache of {len(tokens)} rows, got {len(held)}; start a new one"
             )
         layout = Layout(tokens, attention_mask, held)
         if cache.next_call_is_prompt:
-            cache.stream.prompt_tokens = held + layout.real.sum(1)
+            cache.stream.prompt_tokens = cache.stream.state.position + layout.real.sum(1)
             cache.next_call_is_prompt = False
         logits = self._blocks(layout, cache, tokens.shape[1] if keep is None else keep)
         cache.seen_columns += tokens.shape[1]
@@ -136,49 +138,53 @@ class AdaptiveRun:
 
     def _blocks(self, layout: Layout, cache: AdaptiveCache, keep: int) -> Tensor:
         block = self.plan.settings.block_tokens
-        first_kept, spare = layout.columns - keep, len(layout.tokens) * keep
-        rows = torch.arange(len(layout.tokens), device=layout.tokens.device)[:, None]
-        kept: Tensor | None = None
+        if cache.stream.static is not None:  # no decision waits for a block to end
+            block = max(block, STATIC_BLOCK_TOKENS)
+        kept = _Kept(layout, keep)
         for start in range(0, layout.steps, block):
-            tokens, real, columns, ragged = layout.block(start, min(start + block, layout.steps))
-            logits = self._block(tokens, real, ragged, cache)
-            if kept is None:
-                kept = logits.new_zeros(spare + 1, logits.shape[-1])
-            # What is not kept, and padding, goes to one spare line behind the rest, which so stays contiguous.
-            target = torch.where(real & (columns >= first_kept), rows * keep + columns - first_kept, spare)
-            kept.index_copy_(0, target.flatten(), logits.flatten(0, 1))
-        assert kept is not None
-        return kept[:spare].view(len(rows), keep, -1)
+            columns = layout.block(start, min(start + block, layout.steps))
+            kept.add(start, columns, self._block(columns, cache))
+        return kept.logits()
 
-    def _block(self, tokens: Tensor, real: Tensor, ragged: bool, cache: AdaptiveCache) -> Tensor:
+    def _block(self, columns: Columns, cache: AdaptiveCache) -> Tensor:
         stream = cache.stream
-        steps = torch.arange(tokens.shape[1], device=real.device)
-        positions = torch.where(real, stream.state.position[:, None] + steps, -1)
-        weights = stream.open_block(tokens, real, ragged)
-        self._set_gates(weights, stream.block.active, stream.state.operating.adapter)
-        cache.begin(positions)
-        self.probe.begin(positions)
+        steps = torch.arange(columns.real.shape[1], device=columns.real.device)
+        positions = torch.where(columns.real, stream.state.position[:, None] + steps, -1)
+        weights, active = stream.open_block(columns.tokens, columns.real)
+        self._set_gates(weights, self._highest(stream, active.masked_fill(~columns.real, NO_RUNG)), stream)
+        cache.begin(columns.positions, self.model.device)
+        self.probe.begin(positions if stream.static is None else None)
         output = self._forward(
-            input_ids=tokens,
+            input_ids=columns.tokens,
             attention_mask=block_mask(self._text_config, positions, cache.visible(), self.model.dtype),
             position_ids=positions.clamp(min=0),
             past_key_values=cache,
             use_cache=True,
         )
-        complexity = stream.close_block(output.logits, self.probe.attention())
-        if self.probe.keeps_received:
-            cache.add_attention_mass(self.probe.received())
-        cache.settle(complexity, positions)
+        if stream.static is None:
+            complexity = stream.close_block(output.logits, self.probe.attention())
+            if self.probe.keeps_received:
+                cache.add_attention_mass(self.probe.received())
+            cache.settle(complexity, positions)
         return output.logits
 
-    def _set_gates(self, weights: Tensor, active: Tensor, adapter: Tensor) -> None:
-        """Weights [B, T, J] and active rungs [B, T] to the ladders that the rows use, adapter [B]."""
-        mine = [adapter == number for number in range(len(self.gates))]
-        highest = [active.amax(1).masked_fill(~rows, NO_RUNG).amax() for rows in mine]
-        # The one deliberate wait per block: the reference path slices factors by a host number to spend no more than
-        # the active rank; transformers' own loop waits for its stopping criteria at the same place.
-        for gate, rows, rung in zip(self.gates, mine, torch.stack(highest).tolist(), strict=True):
-            gate.set(weights if len(mine) == 1 else weights * rows[:, None, None], rung)
+    def _highest(self, stream: Stream, active: Tensor) -> list[int]:
+        """The highest active rung index of every ladder's rows, on the host; active is [B, T]."""
+        # A deliberate wait, once per block that decides: the reference path slices factors by a host number, so as to
+        # spend no more than the active rank.
+        rungs = active.amax(1).tolist() if stream.static is None else stream.static
+        return [
+            max((rung for rung, own in zip(rungs, stream.adapters, strict=True) if own == number), default=NO_RUNG)
+            for number in range(len(self.gates))
+        ]
+
+    def _set_gates(self, weights: Tensor, highest: list[int], stream: Stream) -> None:
+        """Weights [B, T, J] to the ladders that the rows use."""
+        for number, (gate, rung) in enumerate(zip(self.gates, highest, strict=True)):
+            mine = weights
+            if len(self.gates) > 1:
+                mine = weights * (stream.state.operating.adapter == number)[:, None, None]
+            gate.set(mine, rung)
 
     @torch.no_grad()
     def gated(self, tokens: Tensor, real: Tensor, weights: Tensor) -> Tensor:
@@ -189,10 +195,11 @@ class AdaptiveRun:
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.where(real, steps, -1)
-        rungs = torch.arange(weights.shape[-1], device=weights.device)
-        first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        self._set_gates(weights, ((weights > 0) * rungs).amax(-1), first)
-        self.probe.begin(positions)
+        used = (weights > 0).flatten(0, -2).any(0).nonzero()
+        self.gates[0].set(weights, int(used.max()) if len(used) else NO_RUNG)
+        for other in self.gates[1:]:
+            other.set(weights, NO_RUNG)
+        self.probe.begin(None)
         mask = block_mask(self._text_config, positions, real, self.model.dtype)
         position_ids = positions.clamp(min=0)
         return self._forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
@@ -227,6 +234,35 @@ class AdaptiveRun:
         if self.last is None:
             raise ValueError("trace: expected a forward or generate call before this, got none; run the model first")
         return self.last
+
+
+class _Kept:
+    """Collects the logits of the last `keep` input columns, block by block."""
+
+    def __init__(self, layout: Layout, keep: int) -> None:
+        self.layout, self.keep, self.first = layout, keep, layout.columns - keep
+        self._parts: list[Tensor] = []
+        self._all: Tensor | None = None
+
+    def add(self, start: int, columns: Columns, logits: Tensor) -> None:
+        """Take in a block's logits [B, T, V], whose first column is `start` of the layout."""
+        if self.layout.dense:
+            self._parts.append(logits[:, max(0, self.first - start) :])
+            return
+        # What is not kept, and padding, goes to one spare line behind the rest, which so stays contiguous.
+        rows = len(logits)
+        if self._all is None:
+            self._all = logits.new_zeros(rows * self.keep + 1, logits.shape[-1])
+        row = torch.arange(rows, device=logits.device)[:, None]
+        wanted = columns.real & (columns.order >= self.first)
+        target = torch.where(wanted, row * self.keep + columns.order - self.first, rows * self.keep)
+        self._all.index_copy_(0, target.flatten(), logits.flatten(0, 1))
+
+    def logits(self) -> Tensor:
+        """[B, keep, V]"""
+        if self._all is not None:
+            return self._all[:-1].view(len(self.layout.tokens), self.keep, -1)
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, 1)
 
 
 def _columns_to_keep(logits_to_keep: int | Tensor, columns: int, has_labels: bool) -> int:

@@ -5,6 +5,7 @@ import torch
 
 from policy import FixedPolicy, LearnedPolicy, Operating, PercentilePolicy, RandomPolicy
 from policy.settings import SIGNALS, STATS, ChunkSettings, Settings
+from runtime.control.record import Keep
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 
@@ -17,7 +18,7 @@ SPREAD = 2.3
 
 def run_record(model, plan, ids):
     """What the stream decided for `ids`, on the host, and the page formats."""
-    with activate(model, plan, keep_record=True) as run:
+    with activate(model, plan, keep=Keep.DECISIONS) as run:
         model(input_ids=ids)
         record = {name: value.cpu() for name, value in run.last.stream.columns().items()}
         return record | {"formats": run.last.page_formats()}
@@ -66,7 +67,7 @@ def test_policy_from_the_host_serves_a_model_on_the_gpu(tiny_llama_factory, ladd
     knob = sum(policy.knob_range()) / 2
     model, ids = tiny_llama_factory().to(device, dtype), random_ids(2, 40)
     operating = Operating.at(knob, 3, settings.kv)
-    with activate(model, RunPlan((ladder,), policy, settings, operating), keep_record=True) as run:
+    with activate(model, RunPlan((ladder,), policy, settings, operating), keep=Keep.DECISIONS) as run:
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         trace = run.trace(0, 40)
         response, prompt = run.mean_rank()
@@ -82,7 +83,7 @@ def test_prefill_in_blocks_of_one_decides_as_decode_does(tiny_llama_factory, lad
     policy = PercentilePolicy(ladder.rungs, "complexity", spread=SPREAD)
     plan = RunPlan((ladder,), policy, settings, Operating.at(1.5, 3, settings.kv))
     blocks = run_record(model, plan, ids)
-    with activate(model, plan, keep_record=True) as run:
+    with activate(model, plan, keep=Keep.DECISIONS) as run:
         cache = run.new_cache(1)
         for step in range(ids.shape[1]):
             model(input_ids=ids[:, step : step + 1], past_key_values=cache)

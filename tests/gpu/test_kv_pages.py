@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from policy.settings import FULL_KV, PAGE_TOKENS, KVSettings
+from runtime.control.record import Keep
 from runtime.reference.adaptive import activate
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 def generate(model, plan, ids):
     """New tokens, the cache they filled, and the trace of row 0."""
-    with activate(model, plan, keep_record=True) as run:
+    with activate(model, plan, keep=Keep.DECISIONS) as run:
         options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         return out[:, ids.shape[1] :], run.last, run.trace(0, SEEN)

@@ -196,7 +196,7 @@ def test_an_interrupted_replacement_is_noticed(folder: Path, monkeypatch: pytest
 
 
 def test_an_oracle_is_not_exported(tmp_path: Path) -> None:
-    oracle = OraclePolicy(RUNGS, torch.zeros(1, 4).long(), torch.ones(1, 4))
+    oracle = OraclePolicy(RUNGS, torch.zeros(1, 4).long())
     message = r"policy: expected a kind that can be exported \(fixed, percentile, learned, random\), got 'oracle'"
     with pytest.raises(ValueError, match=message):
         checkpoint(policy=oracle).save(tmp_path / "policy")

@@ -53,7 +53,7 @@ def build(kind: str) -> RankPolicy:
         return RandomPolicy(DEFAULT_RUNGS, seed=3, scales=SCALES)
     if kind == "oracle":
         rung = torch.randint(RUNGS, (ROWS, LENGTH), generator=generator)
-        return OraclePolicy(DEFAULT_RUNGS, rung, torch.where(rung == RUNGS - 1, 1.0, 1.1))
+        return OraclePolicy(DEFAULT_RUNGS, rung, SCALES)
     torch.manual_seed(0)
     policy = LearnedPolicy(DEFAULT_RUNGS)
     return scrambled(policy) if kind == "learned-trained" else policy
@@ -66,11 +66,12 @@ def summary(rows: int, seed: int = 0) -> Summary:
         valid=torch.rand(rows, len(SIGNALS), generator=generator) < 0.8,
         first=torch.rand(rows, 2, generator=generator),
         position=torch.randint(LENGTH, (rows,), generator=generator),
+        row=torch.arange(rows),
     )
 
 
 def rows_of(whole: Summary, rows: Tensor | slice) -> Summary:
-    return Summary(whole.stats[rows], whole.valid[rows], whole.first[rows], whole.position[rows])
+    return Summary(*(getattr(whole, field.name)[rows] for field in dataclasses.fields(Summary)))
 
 
 def middle(policy: RankPolicy, rows: int) -> Tensor:
@@ -332,27 +333,35 @@ def test_random_covers_its_band_evenly() -> None:
 
 def test_oracle_replays_its_schedule_by_row_and_position() -> None:
     rung = torch.tensor([[0, 1, 2], [3, 4, RUNGS - 1]])
-    scale = torch.tensor([[1.3, 1.2, 1.1], [1.1, 1.1, 1.0]])
-    policy = OraclePolicy(DEFAULT_RUNGS, rung, scale)
+    policy = OraclePolicy(DEFAULT_RUNGS, rung, SCALES)
     whole = dataclasses.replace(summary(2), position=torch.tensor([1, 70]))
     decision = policy.decide(whole, torch.zeros(2))
     assert decision.rung.tolist() == [1, RUNGS - 1]
-    assert torch.equal(decision.scale, torch.tensor([1.2, 1.0]))
-    with pytest.raises(ValueError, match="oracle: expected at most the 2 rows of its schedule, got 3"):
-        policy.decide(summary(3), torch.zeros(3))
+    assert torch.equal(decision.scale, SCALES[[1, -1]])
+    # Several tokens of a row at once, as a block asks.
+    several = dataclasses.replace(summary(3), position=torch.tensor([0, 2, 0]), row=torch.tensor([0, 0, 1]))
+    assert policy.decide(several, torch.zeros(3)).rung.tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("rung", "scale", "message"),
+    ("rung", "message"),
     [
-        (torch.zeros(2, 3).long(), torch.ones(2, 4), r"shape \[B, N\], got \(2, 3\) and \(2, 4\)"),
-        (torch.full((1, 1), RUNGS), torch.ones(1, 1), r"rung: expected indices in \[0, 9\], got 10 to 10"),
-        (torch.full((1, 1), RUNGS - 1), torch.full((1, 1), 1.1), "scale: expected 1 wherever the rung is the top one"),
+        (torch.zeros(2, 0).long(), r"rung: expected a non-empty schedule \[B, N\], got shape \(2, 0\)"),
+        (torch.full((1, 1), RUNGS), r"rung: expected indices in \[0, 9\], got 10 to 10"),
     ],
 )
-def test_a_bad_schedule_is_refused(rung: Tensor, scale: Tensor, message: str) -> None:
+def test_a_bad_schedule_is_refused(rung: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OraclePolicy(DEFAULT_RUNGS, rung, scale)
+        OraclePolicy(DEFAULT_RUNGS, rung)
+
+
+def test_a_decision_carries_the_scale_of_every_rung(policy: RankPolicy) -> None:
+    decision = policy.decide(summary(16), middle(policy, 16))
+    assert decision.scales.shape == (16, RUNGS)
+    assert torch.equal(decision.scale, decision.scales[torch.arange(16), decision.rung])
+    assert bool((decision.scales[:, -1] == 1).all())
+    if not isinstance(policy, LearnedPolicy):
+        assert torch.equal(decision.scales, SCALES.expand(16, -1))
 
 
 @pytest.mark.gpu

@@ -29,7 +29,8 @@ class PositionPolicy(RankPolicy):
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         draw = (summary.position * self.multiplier + knob.long()) % 97
-        return Decision(draw % len(self.rungs), 0.75 + (draw % 3) / 8)
+        scale = 0.75 + (draw % 3) / 8
+        return Decision(draw % len(self.rungs), scale[:, None] + torch.arange(len(self.rungs)) / 64)
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, 96.0
@@ -48,7 +49,8 @@ class FeaturePolicy(RankPolicy):
         weights = torch.arange(1, features.shape[1] + 1).cos()
         draw = (features @ weights * 7).sin() + knob
         rungs = len(self.rungs)
-        return Decision(((draw * 50).floor().long()) % rungs, 1 + draw.sin() / 4)
+        scale = 1 + draw.sin() / 4
+        return Decision(((draw * 50).floor().long()) % rungs, scale[:, None] + torch.arange(rungs) / 64)
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, 1.0
@@ -98,20 +100,24 @@ def naive_chunks(
     settings: Settings,
     policy: RankPolicy,
     operating: Operating,
+    cost: Sequence[float],
 ) -> tuple[list[NaiveChunk], list[list[float]]]:
     """Chunks and rung weights of one row, by the definition, one token at a time.
 
     outputs [T, 2] (entropy, attention) and token_signals [T, 2] (novelty, prior); `blocks` are the lengths of the
     forward passes. A model output is known once its pass has ended, and is seen by the first opening after that. A
-    prompt never runs above the start rung.
+    prompt never runs above the start rung, and no chunk opens at a rung that the budget could not pay for as long as
+    the chunk may last, with its fade behind it; `cost` [J] are the rungs' costs.
     """
     chunk, rungs, known = settings.chunk, len(policy.rungs), 0
-    knob, start_rung = float(operating.knob), int(operating.start_rung)
+    knob, start_rung, budget = float(operating.knob), int(operating.start_rung), float(operating.budget)
+    balance, fade = 64 * budget, settings.fade_tokens - 1
     waiting: list[list[int]] = [[], [], [], []]  # per signal the tokens whose value no opening has seen
     smoothed: list[float | None] = [None] * 4
     held: list[tuple[float, float, float] | None] = [None] * 4
     level, chunks, weights, opened_level = 0, [], [], 0
-    fade_from = fade_to = [float(j == start_rung) for j in range(rungs)]
+    fade_from: list[float] = []
+    fade_to: list[float] = []
     ends = torch.tensor(blocks).cumsum(0).tolist()
     values = torch.cat([outputs, token_signals], -1).tolist()
     signal_weights = [chunk.weights[name] for name in SIGNALS]
@@ -138,23 +144,28 @@ def naive_chunks(
                 if column:
                     held[signal] = (sum(column) / len(column), max(column), column[-1])
                 waiting[signal] = []
-            rung, scale = start_rung, 1.0
-            if known:
-                stats = torch.tensor([h or (0.0, 0.0, 0.0) for h in held])[None]
-                valid = torch.tensor([[h is not None for h in held]])
-                summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]))
-                decision = policy.decide(summary, torch.tensor([knob]))
-                if t >= prompt_tokens or int(decision.rung) <= start_rung:
-                    rung, scale = int(decision.rung), float(decision.scale)
+            stats = torch.tensor([h or (0.0, 0.0, 0.0) for h in held])[None]
+            valid = torch.tensor([[h is not None for h in held]])
+            summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]))
+            decision = policy.decide(summary, torch.tensor([knob]))
+            rung = start_rung
+            if known and (t >= prompt_tokens or int(decision.rung) <= start_rung):
+                rung = int(decision.rung)
+            leaving = max(0.0, cost[chunks[-1].rung] - budget) if chunks else 0.0
+            while rung and balance - fade * leaving + 1e-9 < (chunk.max_tokens + fade) * max(0.0, cost[rung] - budget):
+                rung -= 1
+            scale = float(decision.scales[0, rung])
             chunks.append(NaiveChunk(t, rung, scale, list(held)))
             opened_level = level
-            fade_from = weights[-1] if weights else fade_to
             fade_to = [scale * (j == rung) for j in range(rungs)]
+            fade_from = weights[-1] if weights else fade_to
         chunks[-1].tokens.append(t)
         for signal in TOKENS:
             waiting[signal].append(t)
         progress = min(1.0, (t - chunks[-1].start + 1) / settings.fade_tokens)
         weights.append([a + (b - a) * progress for a, b in zip(fade_from, fade_to, strict=True)])
+        spent = max(cost[j] for j, weight in enumerate(weights[-1]) if weight)
+        balance = min(balance + budget - spent, 64 * budget)
         if t + 1 in ends:
             for i in range(known, t + 1):
                 for signal in OUTPUTS:
@@ -191,18 +202,18 @@ def definition_hooks(model: nn.Module, ladder: Ladder, weights: Tensor) -> Itera
         yield
 
 
-def weights_of(record: dict[str, Tensor], settings: Settings, rungs: int, start_rung: int) -> Tensor:
+def weights_of(record: dict[str, Tensor], settings: Settings, rungs: int) -> Tensor:
     """Rung weights [B, N, J] from recorded `opens`, `rung` and `scale` alone, by the fade's formula, in float64."""
     rows, steps = record["rung"].shape
     out = torch.zeros(rows, steps, rungs, dtype=torch.float64)
     for row in range(rows):
-        before = torch.zeros(rungs, dtype=torch.float64)
-        before[start_rung] = 1
+        before: Tensor | None = None
         for t in range(steps):
             if record["opens"][row, t]:
-                start_weights, opened = before, t
                 target = torch.zeros(rungs, dtype=torch.float64)
                 target[record["rung"][row, t]] = record["scale"][row, t].double()
+                # The first chunk fades from nothing.
+                start_weights, opened = target if before is None else before, t
             progress = min(1.0, (t - opened + 1) / settings.fade_tokens)
             before = out[row, t] = start_weights + (target - start_weights) * progress
     return out
@@ -216,7 +227,7 @@ def drive(
     real = steps < torch.tensor(lengths)[:, None]
     for start in range(0, max(lengths), block):
         part = slice(start, min(start + block, max(lengths)))
-        stream.open_block(tokens[:, part], real[:, part], ragged=part.stop > min(lengths))
+        stream.open_block(tokens[:, part], real[:, part])
         stream.close_block(logits[:, part], attention[:, part])
 
 

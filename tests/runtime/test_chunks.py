@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import FADES, SIGNALS, ChunkSettings, FixedPolicy, Operating, PercentilePolicy, Settings, SignalSettings
-from runtime.control.machine import complexity_level
-from runtime.control.record import trace
+from policy.operating import UNLIMITED
+from runtime.control.bucket import SLACK_TOKENS
+from runtime.control.record import Keep, trace
+from runtime.control.recurrence import class_bounds, levels
 from runtime.control.signals import next_token_entropy, positional_prior
 from runtime.control.stream import Stream
 from tests.runtime.reference import (
@@ -24,20 +26,23 @@ from tests.runtime.reference import (
 
 CPU = torch.device("cpu")
 RUNGS = (0, 2, 4, 8, 16)
+COST = torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0], dtype=torch.float64)
+BUDGETS = (UNLIMITED, 0.0, 0.07, 0.25, 0.41, 1.0)
 ENTROPY, ATTENTION, NOVELTY, PRIOR = range(len(SIGNALS))
 
 
 @st.composite
 def settings_strategy(draw):
-    least = draw(st.integers(1, 6))
+    fade = draw(st.sampled_from(FADES))
+    least = draw(st.integers(fade, max(fade, 6)))
     weights = draw(st.sampled_from([(1, 1, 1, 1), (1, 0, 0, 0), (0, 0, 1, 0), (0.5, 1, 2, 0.25), (0, 1, 0, 1)]))
     return Settings(
         block_tokens=draw(st.integers(1, 12)),
-        fade_tokens=draw(st.sampled_from(FADES)),
+        fade_tokens=fade,
         signals=SignalSettings(novelty_window_tokens=8, prior_decay_tokens=draw(st.integers(1, 20))),
         chunk=ChunkSettings(
             least,
-            draw(st.integers(least, 10)),
+            draw(st.integers(least, least + 5)),
             dict(zip(SIGNALS, weights, strict=True)),
             draw(st.sampled_from([0.3, 0.5, 1.0])),
             # numbers that no mean of signals hits exactly: the two sides of a comparison round differently
@@ -69,17 +74,22 @@ def batches(draw, most_rows=3):
     return tokens, lengths, logits, attention, prompts
 
 
-def spends(batch, knob=1.37):
-    """Every row its own knob and start rung: they follow from its prompt, so that a row alone gets the same."""
+def spends(batch, knob=1.37, limited=True):
+    """Every row its own knob, start rung and budget: they follow from its prompt, so that a row alone gets the same."""
     prompts = batch[4]
-    return Operating.at(knob + 0.61 * (prompts % 4), prompts % len(RUNGS))
+    budgets = torch.tensor(BUDGETS, dtype=torch.float64)[(prompts * 7) % len(BUDGETS)] if limited else UNLIMITED
+    return Operating.at(knob + 0.61 * (prompts % 4), prompts % len(RUNGS), budget=budgets)
 
 
-def run(settings, policy, batch, rows=slice(None)):
+def make_stream(settings, policy, operating, prompts=None, keep=Keep.DECISIONS):
+    return Stream(settings, policy, operating, COST.expand(len(operating), -1), CPU, prompts, keep=keep)
+
+
+def run(settings, policy, batch, rows=slice(None), limited=True):
     tokens, lengths, logits, attention, prompts = batch
     lengths = lengths[rows]
-    operating = spends(batch).select(torch.arange(len(prompts))[rows])
-    stream = Stream(settings, policy, operating, CPU, prompts[rows], keep_record=True)
+    operating = spends(batch, limited=limited).select(torch.arange(len(prompts))[rows])
+    stream = make_stream(settings, policy, operating, prompts[rows])
     drive(stream, tokens[rows], lengths, logits[rows], attention[rows], settings.block_tokens)
     return stream
 
@@ -104,14 +114,16 @@ def test_decisions_equal_the_definition(settings, policy_of, batch):
         blocks = [min(settings.block_tokens, length - i) for i in range(0, length, settings.block_tokens)]
         signals = torch.stack([torch.tensor(novelty), prior], -1)
         own_spends = operating.select(torch.tensor([row]))
-        chunks, naive_weights = naive_chunks(outputs, signals, int(prompts[row]), blocks, settings, policy, own_spends)
-        weights = weights_of(record, settings, len(RUNGS), int(own_spends.start_rung))
+        chunks, naive_weights = naive_chunks(
+            outputs, signals, int(prompts[row]), blocks, settings, policy, own_spends, COST.tolist()
+        )
+        weights = weights_of(record, settings, len(RUNGS))
 
         got = row_of(record, row)
         starts = got["opens"].nonzero()[:, 0].tolist()
         assert starts == [chunk.start for chunk in chunks]
         assert got["rung"][starts].tolist() == [chunk.rung for chunk in chunks]
-        assert got["scale"][starts].tolist() == [chunk.scale for chunk in chunks]
+        assert got["scale"][starts].tolist() == pytest.approx([chunk.scale for chunk in chunks], abs=1e-6)
         for start, chunk in zip(starts, chunks, strict=True):
             assert got["held_valid"][start].tolist() == [held is not None for held in chunk.held]
             for signal, held in enumerate(chunk.held):
@@ -188,10 +200,13 @@ def test_the_future_changes_no_earlier_decision(settings, batch, data):
 
 @given(settings_strategy(), policies, batches())
 def test_first_block_runs_at_the_start_rung(settings, policy_of, batch):
-    record = run(settings, policy_of(RUNGS), batch).columns()
+    record = run(settings, policy_of(RUNGS), batch, limited=False).columns()
     first = record["rung"][:, : settings.block_tokens]
     assert (first == spends(batch).start_rung[:, None]).all()
-    assert (record["scale"][:, : settings.block_tokens] == 1).all()
+    # at the scale that the policy gives it
+    scales = record["scale"][:, : settings.block_tokens]
+    if policy_of is complexity_policy:
+        assert torch.equal(scales, policy_of(RUNGS).scales[first])
 
 
 @given(settings_strategy(), batches())
@@ -214,17 +229,17 @@ def test_signals_are_valid_once_they_exist(settings, batch):
 @given(settings_strategy(), policies, batches())
 def test_fade_ends_exactly_at_the_one_hot_times_scale(settings, policy_of, batch):
     tokens, lengths, logits, attention, prompts = batch
-    stream = Stream(settings, policy_of(RUNGS), spends(batch), CPU, prompts, keep_record=True)
+    stream = make_stream(settings, policy_of(RUNGS), spends(batch), prompts)
     gates = []
     for start in range(0, max(lengths), settings.block_tokens):
         part = slice(start, min(start + settings.block_tokens, max(lengths)))
         real = torch.arange(part.start, part.stop) < torch.tensor(lengths)[:, None]
-        gates.append(stream.open_block(tokens[:, part], real, ragged=True))
+        gates.append(stream.open_block(tokens[:, part], real)[0])
         stream.close_block(logits[:, part], attention[:, part])
     weights, record = torch.cat(gates, 1), stream.columns()
     for row in range(len(lengths)):
-        real, start_rung = record["real"][row], int(spends(batch).start_rung[row])
-        expected = weights_of(record, settings, len(RUNGS), start_rung)[row][real]
+        real = record["real"][row]
+        expected = weights_of(record, settings, len(RUNGS))[row][real]
         torch.testing.assert_close(weights[row][real].double(), expected, atol=1e-6, rtol=0)
         own, age = row_of(record | {"weights": weights}, row), 0
         for t in range(lengths[row]):
@@ -238,13 +253,12 @@ def test_fade_ends_exactly_at_the_one_hot_times_scale(settings, policy_of, batch
 
 @pytest.mark.parametrize("fade", FADES)
 def test_weights_of_unscaled_rungs_sum_to_one(fade):
-    settings = Settings(fade_tokens=fade, block_tokens=1, chunk=ChunkSettings(1, 3))
-    stream = Stream(
-        settings, PercentilePolicy(RUNGS, "entropy", spread=4.0), Operating.at(2.0, torch.full((4,), 4)), CPU
-    )
+    settings = Settings(fade_tokens=fade, block_tokens=1, chunk=ChunkSettings(fade, fade + 2))
+    policy = PercentilePolicy(RUNGS, "entropy", spread=4.0)
+    stream = make_stream(settings, policy, Operating.at(2.0, torch.full((4,), 4)), keep=Keep.SUMS)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        gates = stream.open_block(torch.randint(0, 9, (4, 1), generator=generator), torch.ones(4, 1).bool(), False)
+        gates, _ = stream.open_block(torch.randint(0, 9, (4, 1), generator=generator), torch.ones(4, 1).bool())
         torch.testing.assert_close(gates.sum(-1), torch.ones(4, 1))
         logits = torch.randn(4, 1, 9, generator=generator) * 3
         stream.close_block(logits, torch.rand(4, 1, generator=generator))
@@ -257,7 +271,7 @@ def test_shortest_chunks_allowed(most):
     settings = Settings(block_tokens=1, chunk=chunk)
     hard = [0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0]
     logits = torch.where(torch.tensor(hard).bool()[:, None], 0.0, torch.tensor([30.0, 0, 0, 0]))[None]
-    stream = Stream(settings, FixedPolicy(RUNGS), Operating.at(1.0, 4), CPU, keep_record=True)
+    stream = make_stream(settings, FixedPolicy(RUNGS), Operating.at(1.0, 4))
     drive(stream, torch.zeros(1, 13, dtype=torch.long), [13], logits, torch.zeros(1, 13), 1)
     starts = stream.columns()["opens"][0].nonzero()[:, 0].tolist()
     # the class of a token is heard at the next one
@@ -273,21 +287,22 @@ def test_shortest_chunks_allowed(most):
 
 def test_chunk_length_alone_decides_without_thresholds():
     settings = Settings(chunk=ChunkSettings(2, 7, thresholds=()))
-    stream = Stream(settings, FixedPolicy(RUNGS), Operating.at(1.0, 4), CPU, keep_record=True)
+    stream = make_stream(settings, FixedPolicy(RUNGS), Operating.at(1.0, 4))
     drive(stream, torch.arange(40)[None], [40], torch.randn(1, 40, 5), torch.rand(1, 40), 32)
     assert stream.columns()["opens"][0].nonzero()[:, 0].tolist() == list(range(0, 40, 7))
 
 
-levels = st.floats(0, 1, width=32)
+shares = st.floats(0, 1, width=32)
 
 
-@given(levels, st.integers(0, 3), st.floats(0, 0.3), st.lists(levels, min_size=3, max_size=3).map(sorted))
+@given(shares, st.integers(0, 3), st.floats(0, 0.3), st.lists(shares, min_size=3, max_size=3).map(sorted))
 def test_class_changes_only_past_the_margin(complexity, level, margin, thresholds):
     chunk = ChunkSettings(thresholds=tuple(thresholds), hysteresis=margin)
     bounds = torch.tensor(chunk.thresholds)
 
     def step(value, at):
-        return int(complexity_level(torch.tensor([value]), torch.tensor([at]), chunk, bounds))
+        bounded = class_bounds(torch.tensor([[value]]), chunk, bounds)
+        return int(levels(torch.tensor([at]), *bounded, torch.tensor([[True]])))
 
     after = step(complexity, level)
     assert step(complexity, after) == after, "the same complexity again changes nothing"
@@ -306,23 +321,16 @@ def test_class_changes_only_past_the_margin(complexity, level, margin, threshold
 
 def test_complexity_within_the_margin_never_flaps():
     chunk = ChunkSettings(thresholds=(0.5,), hysteresis=0.05)
-    level, seen = torch.tensor([0]), []
-    for value in [0.52, 0.46, 0.54, 0.56, 0.52, 0.46, 0.51, 0.44, 0.54, 0.46]:
-        level = complexity_level(torch.tensor([value]), level, chunk, torch.tensor([0.5]))
-        seen.append(int(level))
-    assert seen == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+    values = torch.tensor([[0.52, 0.46, 0.54, 0.56, 0.52, 0.46, 0.51, 0.44, 0.54, 0.46]])
+    bounds = class_bounds(values, chunk, torch.tensor([0.5]))
+    seen = levels(torch.tensor([0]), *bounds, torch.ones_like(values, dtype=torch.bool))
+    assert seen.tolist() == [[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]]
 
 
 def test_prompt_counts_as_hard_and_the_response_less_and_less():
     settings = Settings(signals=SignalSettings(prior_decay_tokens=10), chunk=ChunkSettings(4, 4, thresholds=()))
-    stream = Stream(
-        settings,
-        FixedPolicy(RUNGS),
-        Operating.at(0.0, torch.tensor([4, 4])),
-        CPU,
-        torch.tensor([12, 0]),
-        keep_record=True,
-    )
+    operating = Operating.at(0.0, torch.tensor([4, 4]))
+    stream = make_stream(settings, FixedPolicy(RUNGS), operating, torch.tensor([12, 0]))
     drive(stream, torch.zeros(2, 32, dtype=torch.long), [32, 32], torch.zeros(2, 32, 4), torch.zeros(2, 32), 8)
     prior = stream.columns()["held"][:, 4::4, PRIOR, 0]
     assert (prior[0, :3] == 1).all()
@@ -342,8 +350,8 @@ def test_selected_rows_go_on_independently(settings, batch, data):
     copy = stream.select_rows(torch.tensor(index))
     more = torch.arange(5).repeat(len(lengths), 1)
     shape = (len(lengths), 5)
-    copy.open_block(more[index], torch.ones(len(index), 5, dtype=torch.bool), False)
-    stream.open_block(more, torch.ones(shape, dtype=torch.bool), False)
+    copy.open_block(more[index], torch.ones(len(index), 5, dtype=torch.bool))
+    stream.open_block(more, torch.ones(shape, dtype=torch.bool))
     for name in ("positions", "opens", "rung", "scale", "held"):
         assert torch.equal(getattr(copy.block, name), getattr(stream.block, name)[index]), name
     assert torch.equal(copy.sums.counts, stream.sums.counts[index])
@@ -371,3 +379,34 @@ def test_a_prompt_never_runs_above_the_start_rung(settings, batch):
     in_prompt = record["real"] & record["opens"] & (record["positions"] < batch[-1][:, None])
     start = spends(batch).start_rung[:, None].expand_as(in_prompt)
     assert (record["rung"][in_prompt] <= start[in_prompt]).all()
+
+
+@given(settings_strategy(), policies, batches(), st.sampled_from([0.0, 0.07, 0.25, 0.41, 0.8]))
+def test_no_stretch_of_a_row_spends_more_than_its_budget_and_the_slack(settings, policy_of, batch, budget):
+    """Whatever the text and the policy, prompt included: spent <= budget (n + 64) over every n tokens."""
+    tokens, lengths, logits, attention, prompts = batch
+    # a policy that spends far more than the budget, on a text long enough for the bucket to run dry
+    long = [part.repeat(1, 6, *[1] * (part.dim() - 2)) for part in (tokens, logits, attention)]
+    operating = Operating.at(96.0, (budget >= COST).sum() - 1, budget=budget)
+    stream = make_stream(settings, policy_of(RUNGS), operating.for_rows(len(lengths)), prompts)
+    drive(stream, long[0], [6 * tokens.shape[1]] * len(lengths), long[1], long[2], settings.block_tokens)
+    spent = torch.nn.functional.pad(COST[stream.columns()["active"]].cumsum(1), (1, 0))
+    steps = torch.arange(spent.shape[1])
+    stretch = spent[:, None, :] - spent[:, :, None]  # [B, from, to]
+    allowed = budget * (steps - steps[:, None] + SLACK_TOKENS)
+    assert ((stretch - allowed).triu() <= 1e-6).all()
+    assert (stream.state.bucket.balance >= -1e-6).all()
+
+
+def test_a_bucket_caps_what_would_overspend_and_spends_what_it_has():
+    """A policy that always wants the top rung gets a run of it from the full bucket, then its budget on average."""
+    settings = Settings(block_tokens=1, chunk=ChunkSettings(1, 1))
+    policy = FixedPolicy(RUNGS)
+    stream = make_stream(settings, policy, Operating.at(4.0, 2, budget=0.25))
+    drive(stream, torch.zeros(1, 400, dtype=torch.long), [400], torch.zeros(1, 400, 4), torch.zeros(1, 400), 1)
+    rungs = stream.columns()["rung"][0]
+    assert rungs[0] == 2, "the start rung, before anything is known"
+    full = int((rungs[1:] != 4).nonzero()[0])
+    assert full == 21, "16 in the bucket, 0.75 more than its budget a token"
+    rest = COST[rungs[1 + full :]]
+    assert float(rest.mean()) == pytest.approx(0.25, abs=0.005)

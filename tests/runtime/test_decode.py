@@ -5,6 +5,7 @@ import torch
 
 from policy import ChunkSettings, KVSettings, PercentilePolicy
 from runtime import build_ladder, load_adapter
+from runtime.control.record import Keep
 from runtime.reference.adaptive import activate
 from tests.runtime.reference import row_of
 
@@ -37,7 +38,7 @@ def test_forward_by_single_tokens_equals_decode_on_fifty_documents(
         kv=KV,
     )
     model = load_model(base_model_path)
-    with activate(model, plan, keep_record=True) as run:
+    with activate(model, plan, keep=Keep.DECISIONS) as run:
         whole = model(ids, attention_mask=mask)
         once = run.last.stream.columns()
         cache = run.new_cache(DOCUMENTS)
@@ -64,7 +65,7 @@ def test_generated_tokens_are_decided_as_forward_decides_them(tiny_llama, llama_
         chunk=ChunkSettings(2, 6),
     )
     prompt = torch.randint(3, 256, (3, 17), generator=torch.Generator().manual_seed(0))
-    with activate(tiny_llama, plan, keep_record=True) as run:
+    with activate(tiny_llama, plan, keep=Keep.DECISIONS) as run:
         sequences = tiny_llama.generate(prompt, max_new_tokens=40, min_new_tokens=40, do_sample=False)
         generated = run.last.stream.columns()
         cache = run.new_cache(3, prompt_tokens=torch.tensor([17, 17, 17]))
@@ -92,7 +93,7 @@ def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_ada
     ids = torch.randint(3, 20, (3, 37), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(37) >= torch.tensor([0, 34, 15])[:, None]).long()
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
-    with activate(tiny_llama, plan, keep_record=True) as run:
+    with activate(tiny_llama, plan, keep=Keep.DECISIONS) as run:
         tokens = tiny_llama.generate(ids * mask, attention_mask=mask, **options)
         together = run.last.stream.columns()
         for row in range(3):

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from policy import ChunkSettings, FixedPolicy, KVSettings, PercentilePolicy
 from runtime import adaptive, build_ladder, export_rung, load_adapter
+from runtime.control.record import Keep
 from runtime.control.stream import Stream
 from runtime.reference.adaptive import activate
 from tests.runtime.reference import FeaturePolicy, PositionPolicy, row_of
@@ -42,7 +43,7 @@ def plan(ladder, make_plan):
     """`plan(policy_of=..., **settings)`: chunks of 2 to 5 tokens, fades of 4, blocks of 8."""
 
     def make(policy_of=PositionPolicy, knob=0.0, **settings):
-        defaults = {"chunk": ChunkSettings(2, 5), "block_tokens": 8, "fade_tokens": 4}
+        defaults = {"chunk": ChunkSettings(4, 6), "block_tokens": 8, "fade_tokens": 4}
         return make_plan(ladder, policy_of, knob, **(defaults | settings))
 
     return make
@@ -69,7 +70,7 @@ SPARSE = KVSettings("sparse", "dropped", threshold=0.5, sink_pages=1, window_tok
 def test_padded_row_in_a_batch_equals_the_row_alone(tiny_llama, plan, side, policy_of, kv):
     rows = texts()
     settled = plan(policy_of, 1.4, **({} if kv is None else {"kv": kv}))
-    with activate(tiny_llama, settled, keep_record=True) as run:
+    with activate(tiny_llama, settled, keep=Keep.DECISIONS) as run:
         ids, mask = padded(rows, side, width=64)
         together = tiny_llama(ids, attention_mask=mask).logits
         record, formats = run.last.stream.columns(), run.last.page_formats()
@@ -106,14 +107,14 @@ class ChangingOnce(PositionPolicy):
 
     def decide(self, summary, knob):
         decision = super().decide(summary, knob)
-        return type(decision)(knob.long(), torch.ones_like(knob))
+        return type(decision)(knob.long(), torch.ones_like(decision.scales))
 
 
 @pytest.mark.parametrize("policy_of", [PositionPolicy, FeaturePolicy])
 def test_prefill_in_two_calls_equals_one(tiny_llama, plan, policy_of):
     """Calls of whole blocks; the mask covers what the cache holds, padding included."""
     ids, mask = padded(texts((48, 48)), "left")
-    with activate(tiny_llama, plan(policy_of), keep_record=True) as run:
+    with activate(tiny_llama, plan(policy_of), keep=Keep.DECISIONS) as run:
         whole, record = tiny_llama(ids).logits, run.last.stream.columns()
         cache = run.new_cache(2)
         parts = [
@@ -140,7 +141,7 @@ def test_block_size_changes_nothing_at_a_fixed_rung(tiny_llama, llama_adapter, l
 def test_the_future_changes_no_earlier_decision_of_a_real_model(tiny_llama, plan, block, kv):
     row = texts((41,))[0]
     settled = plan(FeaturePolicy, block_tokens=block, **({} if kv is None else {"kv": kv}))
-    with activate(tiny_llama, settled, keep_record=True) as run:
+    with activate(tiny_llama, settled, keep=Keep.DECISIONS) as run:
         before, decided = tiny_llama(row[None]).logits[0], row_of(run.last.stream.columns(), 0)
         for change in (1, 16, 33):
             other = row.clone()
@@ -216,7 +217,7 @@ def test_return_values_as_asked_for(tiny_llama, llama_adapter):
 def test_branches_of_a_cache_go_on_independently(tiny_llama, plan):
     rows = texts((40, 40))
     more = texts((6, 6, 6), seed=1)
-    with activate(tiny_llama, plan(by_entropy, 1.4, kv=COMPRESSED), keep_record=True) as run:
+    with activate(tiny_llama, plan(by_entropy, 1.4, kv=COMPRESSED), keep=Keep.DECISIONS) as run:
         cache = run.new_cache(2)
         tiny_llama(torch.stack(rows), past_key_values=cache)
         branches = cache.select_rows(torch.tensor([1, 0, 1]))
@@ -310,7 +311,7 @@ def test_trace_needs_a_forward_first(tiny_llama, llama_adapter):
 
 def test_mean_rank_is_that_of_the_record(tiny_llama, plan):
     ids, mask = padded(texts(), "left")
-    with activate(tiny_llama, plan(fade_tokens=1), keep_record=True) as run:
+    with activate(tiny_llama, plan(fade_tokens=1), keep=Keep.DECISIONS) as run:
         tiny_llama(
             ids, attention_mask=mask, past_key_values=run.new_cache(5, prompt_tokens=torch.tensor([9, 0, 30, 1, 4]))
         )

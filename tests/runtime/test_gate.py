@@ -8,6 +8,7 @@ from torch import nn
 
 from policy import FADES, ChunkSettings
 from runtime import build_ladder, load_adapter
+from runtime.control.record import Keep
 from runtime.ladder import Ladder
 from runtime.ladder.adapter import Adapter, LoraFactors
 from runtime.ladder.formats import BITS
@@ -60,7 +61,7 @@ def test_gated_update_is_the_weighted_sum_of_rungs(ranks, rows, tokens, seed):
         got = hook(nn.Identity(), (x,), torch.zeros(rows, tokens, 9))
         torch.testing.assert_close(got.double(), rung_by_rung(ladder, name, x, weights), **CLOSE)
         # no more directions than the active rung has: what is not needed is not computed
-        assert width(gate.directions(gate.column[name])) == ranks[m][active]
+        assert width(gate.directions(gate.column[name], x)) == ranks[m][active]
 
 
 @given(columns, st.integers(0, 1000))
@@ -72,7 +73,7 @@ def test_one_hot_weights_gate_exactly_a_prefix(ranks, seed):
         gate.set(weights, len(ladder.rungs) - 1)
         for m, name in enumerate(ladder.modules):
             expected = (torch.arange(ranks[m][-1]) < ranks[m][j]) * 1.125
-            found = gate.directions(gate.column[name])
+            found = gate.directions(gate.column[name], torch.empty(0))
             assert width(found) == ranks[m][-1]
             assert found is None or torch.equal(found[0, 0], expected)
 
@@ -92,13 +93,17 @@ def test_input_flattened_by_the_model_is_gated_token_by_token():
     x = torch.randn(2, 5, 6)
     expected = hook(nn.Identity(), (x,), torch.zeros(2, 5, 9))
     assert torch.equal(hook(nn.Identity(), (x.view(10, 6),), torch.zeros(10, 9)), expected.view(10, 9))
+    # and where all tokens of a row have one gate
+    gate.set(weights[:, :1], 1)
+    expected = hook(nn.Identity(), (x,), torch.zeros(2, 5, 9))
+    assert torch.equal(hook(nn.Identity(), (x.view(10, 6),), torch.zeros(10, 9)), expected.view(10, 9))
+    torch.testing.assert_close(expected.double(), rung_by_rung(ladder, "m0", x, weights[:, :1].expand(-1, 5, -1)))
 
 
-# From length 2 on chunks open long before a fade of 4, 8 or 16 has ended.
 CHUNKS = {
-    "overlapping": ChunkSettings(2, 3),
-    "longer than the fade": ChunkSettings(17, 17),
-    "single": ChunkSettings(1, 1),
+    "as long as the fade": lambda fade: ChunkSettings(fade, fade),
+    "hardly longer": lambda fade: ChunkSettings(fade, fade + 3),
+    "longer than any fade": lambda fade: ChunkSettings(17, 17),
 }
 
 
@@ -110,13 +115,15 @@ def test_forward_with_fades_equals_the_definition(
 ):
     rungs = (0, 1, 3, 5, 8)
     ladder = varied_ladder(llama_adapter, rungs) if varied else build_ladder(load_adapter(llama_adapter), rungs)
-    plan = make_plan(ladder, PositionPolicy, torch.tensor([0.0, 7.0]), chunk=chunk, fade_tokens=fade, block_tokens=5)
-    tokens = torch.randint(3, 256, (2, 61), generator=torch.Generator().manual_seed(fade))
+    plan = make_plan(
+        ladder, PositionPolicy, torch.tensor([0.0, 7.0]), chunk=chunk(fade), fade_tokens=fade, block_tokens=5
+    )
+    tokens = torch.randint(3, 256, (2, 121), generator=torch.Generator().manual_seed(fade))
     model = tiny_llama_factory()
-    with activate(model, plan, keep_record=True) as run:
+    with activate(model, plan, keep=Keep.DECISIONS) as run:
         logits = model(tokens).logits
         record = run.last.stream.columns()
-        weights = weights_of(record, plan.settings, len(rungs), len(rungs) - 1)
+        weights = weights_of(record, plan.settings, len(rungs))
         # the pass that measures training targets, without cache and blocks, gives the same
         gated = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights.float())
         torch.testing.assert_close(gated, logits, **CLOSE)

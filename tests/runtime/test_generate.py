@@ -25,6 +25,7 @@ from policy import (
     Settings,
 )
 from runtime import adaptive, build_ladder, generate, load_adapter, load_tokenizer
+from runtime.control.record import Keep
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.reference.adaptive import activate
 from tests.runtime.conftest import PACK_ADAPTERS
@@ -219,7 +220,7 @@ def test_parallel_rows_of_sampling_have_their_own_chunks(tiny_llama, llama_adapt
         build_ladder(load_adapter(llama_adapter)), PositionPolicy, chunk=ChunkSettings(2, 6), block_tokens=8
     )
     options = {"do_sample": True, "num_return_sequences": 2, "pad_token_id": 0}
-    with activate(tiny_llama, plan, keep_record=True) as run:
+    with activate(tiny_llama, plan, keep=Keep.DECISIONS) as run:
         set_seed(0)
         tiny_llama.generate(**prompts, **options, **exactly(30))
         for row, length in enumerate([46, 46, 33, 33, 40, 40]):

@@ -13,6 +13,7 @@ import torch
 
 from policy import Settings
 from runtime import build_ladder, load_adapter
+from runtime.control.record import Keep
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
 
@@ -35,7 +36,7 @@ def ladder(llama_adapter):
 @pytest.fixture
 def full_rank_run(tiny_llama, ladder):
     """`tiny_llama` adaptive at the full rank."""
-    with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1]), keep_record=True) as run:
+    with activate(tiny_llama, static_plan(ladder, ladder.rungs[-1]), keep=Keep.DECISIONS) as run:
         yield run
 
 

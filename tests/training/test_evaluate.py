@@ -13,6 +13,7 @@ from rich.console import Console
 import training.documents
 from policy import FixedPolicy, KnobCurve, Operating, PercentilePolicy, PolicyCheckpoint, Settings
 from runtime import build_ladder, load_adapter, load_model, load_tokenizer
+from runtime.control.record import Keep
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.plan import RunPlan, plan_run
 from runtime.reference.adaptive import activate
@@ -147,7 +148,7 @@ def test_scored_tokens_and_mean_rank_are_those_of_a_naive_count(base, case, exam
     plan = RunPlan((ladder,), FixedPolicy((2, 8)), settings, Operating.at(0.0, 1))
     found = measure_perplexity("moving", base, plan, examples)
     ranks, prompt_ranks = [], []
-    with activate(base, plan, keep_record=True) as run:
+    with activate(base, plan, keep=Keep.DECISIONS) as run:
         for example in examples:
             cache = run.new_cache(1, prompt_tokens=torch.tensor([example["prompt_tokens"]]))
             run.forward(torch.tensor([example["input_ids"]]), past_key_values=cache)

@@ -7,12 +7,13 @@ import torch
 from transformers import DynamicCache
 
 from policy import SIGNALS, STATS, ChunkSettings, Operating, PercentilePolicy, Settings
+from runtime.control.record import Keep
 from runtime.export import export_rung
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 from training.amounts import Amounts
 from training.documents import make_batch
-from training.targets.damage import Trajectory, damage_table, later_damage, token_kl, trajectories
+from training.targets.damage import Exact, Trajectory, damage_table, later_damage, token_kl, trajectories
 from training.targets.samples import LaterDamage, Samples, chunk_samples, measure_later_damage
 
 GRID = (1.0, 1.2)
@@ -50,8 +51,14 @@ def logits_of(model, ids, **kwargs):
 def test_token_kl_is_the_definition():
     generator = torch.Generator().manual_seed(0)
     full, other = torch.randn(2, 5, 30, generator=generator)
-    torch.testing.assert_close(token_kl(full.log_softmax(-1), other).double(), kl(full, other), atol=1e-6, rtol=1e-5)
-    assert (token_kl(full.log_softmax(-1), full) >= 0).all()
+    torch.testing.assert_close(token_kl(Exact.of(full), other).double(), kl(full, other), atol=1e-6, rtol=1e-5)
+    assert (token_kl(Exact.of(full), full) >= 0).all()
+    # and where there is next to none: KL falls with the square of what the logits are off by
+    close = full + 1e-3 * other
+    expected = kl(full.double(), close.double())
+    assert expected.max() < 1e-5
+    # float32 knows a log-probability of 4 nats to 2.4e-7
+    torch.testing.assert_close(token_kl(Exact.of(full), close).double(), expected, atol=2.4e-7, rtol=0)
 
 
 def test_the_damage_table_equals_what_pefts_adapters_give(full_rank_run, ladder, make_example, peft_model):
@@ -136,7 +143,7 @@ def moving_plan(ladder):
 
 def test_trajectories_are_the_chunks_of_every_document_run_alone(tiny_llama, moving_plan, make_example):
     examples = [make_example(n, p, seed=n) for n, p in ((30, 0), (41, 9), (17, 3))]
-    with activate(tiny_llama, moving_plan, keep_record=True) as run:
+    with activate(tiny_llama, moving_plan, keep=Keep.DECISIONS) as run:
         found, ranks = trajectories(run, make_batch(examples), moving_plan.operating), set()
         for example, path in zip(examples, found, strict=True):
             length = len(example["input_ids"])
@@ -159,7 +166,7 @@ def test_trajectories_are_the_chunks_of_every_document_run_alone(tiny_llama, mov
 def test_trajectories_take_a_knob_per_row(tiny_llama, moving_plan, make_example):
     """Where the rung moves entropy, the path of a row depends on its own knob and on no other row's."""
     examples = [make_example(40, seed=8)] * 2
-    with activate(tiny_llama, moving_plan, keep_record=True) as run:
+    with activate(tiny_llama, moving_plan, keep=Keep.DECISIONS) as run:
         cheap, dear = trajectories(run, make_batch(examples), Operating.at(torch.tensor([-3.0, 6.0]), 3))
         alone = [trajectories(run, make_batch(examples[:1]), Operating.at(knob, 3))[0] for knob in (-3.0, 6.0)]
     for together, single in zip((cheap, dear), alone, strict=True):

@@ -6,6 +6,8 @@ through; the fit is the public one.
 """
 
 import copy
+import functools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +15,13 @@ import pytest
 import torch
 
 from policy import SIGNALS, PolicyCheckpoint, Summary
+from runtime.control.bucket import SLACK_TOKENS
+from runtime.control.record import Keep
 from runtime.reference.run import AdaptiveRun
 from training import fit as fit_module
 from training import pipeline
 from training.amounts import Amounts
+from training.compare import scorer
 from training.compare.curves import KNOB_POINTS
 from training.compare.hindsight import Oracle
 from training.compare.scorer import HeldOut
@@ -104,16 +109,21 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
         tape.stage, tape.oracle = "oracle", oracle
 
     around(pipeline, "oracle_curve", oracle)
+    around(pipeline, "capped_curve", lambda *_: curve("capped"))
+    # Scoring keeps its rungs alone; here every decision is looked at.
+    deciding = functools.partial(scorer.activate, keep=Keep.DECISIONS)
+    patch.setattr(scorer, "activate", lambda model, plan, **_: deciding(model, plan))
 
     def logits(run, tokens, mask, cache, keep=None):
         operating = cache.stream.state.operating
         rows = [row[m.bool()].tolist() for row, m in zip(tokens, mask, strict=True)] if mask is not None else []
         tape.passes.append(
             {"stage": tape.stage, "rows": rows, "policy": run.plan.policy, "settings": run.plan.settings,
-             "knob": operating.knob.tolist(), "start": operating.start_rung.tolist(), "kv": operating.kv}
+             "knob": operating.knob.tolist(), "start": operating.start_rung.tolist(), "kv": operating.kv,
+             "budget": operating.budget.tolist()}
         )  # fmt: skip
         entry, stream = tape.passes[-1], cache.stream
-        if stream.record is None:
+        if stream.keep is not Keep.DECISIONS:
             return None
         return lambda _: entry.update(record=stream.columns(), prompt_tokens=stream.prompt_tokens)
 
@@ -122,7 +132,8 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
     def measure(held_out, policy, settings, operating):
         documents = [example for scorer in held_out.scorers for example in scorer.examples]
         entry = {"stage": tape.stage, "policy": policy, "knob": float(operating.knob[0]), "documents": documents,
-                 "start": int(operating.start_rung[0]), "settings": settings}  # fmt: skip
+                 "start": int(operating.start_rung[0]), "settings": settings,
+                 "budget": operating.budget.tolist()}  # fmt: skip
         tape.measured.append(entry)
         return lambda scores: entry.update(scores=scores)
 
@@ -236,10 +247,31 @@ def test_the_policy_starts_with_the_normalisers_of_its_training_samples(wired):
 def test_held_out_runs_keep_their_pages_in_full_precision(wired):
     tape, _, calibrated = wired
     assert "full" not in (calibrated.settings.kv.hard, calibrated.settings.kv.easy)
-    names = {"fixed", "percentile", "learned", "random", "oracle", "choosing percentile"}
+    names = {"fixed", "percentile", "learned", "capped", "random", "oracle", "choosing percentile"}
     runs = [p for p in tape.passes if p["stage"] in names]
     assert {p["stage"] for p in runs} == names
     assert all(p["kv"].is_full for p in runs)
+
+
+def test_nobody_is_held_to_a_budget_but_the_learned_policy_as_served(wired):
+    """Targets, calibration and the comparison let everybody spend; what serving makes of it has the same knobs."""
+    tape, folder, _ = wired
+    free = [p for p in tape.passes if p["stage"] != "capped"]
+    assert {p["stage"] for p in free} >= {"collect_targets", "train_policy", "percentile", "learned", "random"}
+    assert all(math.isinf(budget) for p in free for budget in p["budget"])
+    cost = PolicyCheckpoint.load(folder / "learned").cost
+    aims = len(cost) - 1
+    learned = [e for e in tape.measured if e["stage"] == "learned"][-aims:]
+    capped = [e for e in tape.measured if e["stage"] == "capped"]
+    assert [(e["knob"], e["start"]) for e in capped] == [(e["knob"], e["start"]) for e in learned]
+    assert all(e["policy"] is learned[0]["policy"] for e in capped)
+    assert [splits(tape, e["documents"]) for e in capped] == [{"test"}] * aims
+    assert [e["budget"][0] for e in capped] == pytest.approx(cost[:-1], abs=1e-6)
+    # and they keep it: with the bucket's slack, on every document
+    for entry in capped:
+        spent = (entry["scores"].rungs + entry["scores"].prompt_rungs) @ np.array(cost)
+        tokens = entry["scores"].rungs.sum(1) + entry["scores"].prompt_rungs.sum(1)
+        assert (spent <= entry["budget"][0] * (tokens + SLACK_TOKENS) + 1e-6).all()
 
 
 def test_every_policy_is_judged_with_the_calibrated_settings(wired):

@@ -2,7 +2,8 @@
 
 Every policy's knob is set on validation documents and measured once on test documents, aimed at the mean rank of every
 fixed rung. Every run starts at that rung and keeps its prompt at or below it, so no prompt costs more than the
-baseline's. Pages stay in full precision: the comparison judges rank alone.
+baseline's. Pages stay in full precision: the comparison judges rank alone. Nobody is held to a budget, for means are to
+be equal; what the token bucket of serving makes of the learned policy is a curve of its own.
 """
 
 from __future__ import annotations
@@ -113,6 +114,22 @@ def policy_curve(
         knob = curve.knob(float(cost[rung]))
         points.append(Point(knob, test.measure(policy, settings, Operating.at(knob, rung))))
     return Curve(name, tuple(points), curve, policy.config())
+
+
+def capped_curve(
+    curve: Curve, policy: RankPolicy, settings: Settings, test: Bench, cost: np.ndarray, targets: Sequence[int]
+) -> Curve:
+    """What serving makes of a policy's curve: the same knobs and starts, held to the cost of every rung in `targets`.
+
+    The comparison itself lets every policy spend as it likes, so that equal means are equal; a served row has to keep
+    its budget on every text.
+    """
+    points, pairs = [], list(zip(curve.points, targets, strict=True))
+    for point, rung in with_progress(pairs, f"{curve.name}, capped, on test", len(pairs)):
+        assert point.knob is not None, "only a policy with a knob is served at one"
+        operating = Operating.at(point.knob, rung, budget=float(cost[rung]))
+        points.append(Point(point.knob, test.measure(policy, settings, operating)))
+    return Curve("capped", tuple(points), config=curve.config)
 
 
 def oracle_curve(settings: Settings, oracle: OracleBench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:

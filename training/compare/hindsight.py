@@ -68,7 +68,7 @@ class Oracle:
     def _replay(self, scorer: Scorer, schedule: Sequence[Tensor], settings: Settings, start_rung: int) -> Scores:
         def plan(index: Sequence[int]) -> RunPlan:
             rung = torch.nn.utils.rnn.pad_sequence([schedule[i] for i in index], batch_first=True)
-            policy = OraclePolicy(scorer.ladder.rungs, rung, self.scales[rung])
+            policy = OraclePolicy(scorer.ladder.rungs, rung, self.scales)
             return RunPlan((scorer.ladder,), policy, settings, Operating.at(0.0, start_rung))
 
         return scorer.score(plan)

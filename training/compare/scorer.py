@@ -14,47 +14,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from policy.contract import RankPolicy
 from policy.operating import Operating
 from policy.settings import Settings
-from runtime.control.record import count_rungs
+from runtime.control.record import Keep, count_rungs
 from runtime.ladder import Ladder
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
 
 from ..documents import Batch, Example, batches, positions_within
 from ..progress import with_progress
-from ..targets.damage import token_kl
+from ..targets.damage import Exact, token_kl
 
 LOGITS_BYTES = 2**28
 """Float32 log-probabilities of one batch take no more, unless one document alone does."""
 KEPT_BYTES = 2**30
-"""Full-rank log-probabilities are kept between measurements up to this; beyond, they are computed again each time."""
+"""The exact distributions are kept between measurements up to this; beyond, they are computed again each time."""
 
 
 @dataclass(frozen=True)
 class Measure:
     """A number per scored token, summed over a document, and what is reported of the sum over all documents."""
 
-    tokens: Callable[[Tensor, Batch, Tensor | None], Tensor]
-    """(logits [B, T, V], batch, full-rank log-probabilities [B, T, V]) -> [B, T], read where `batch.scored`."""
+    tokens: Callable[[Tensor, Tensor, Exact | None], Tensor]
+    """(logits [N, V], following tokens [N], exact distributions [N, V]) of the scored tokens -> [N]."""
     value: Callable[[float], float]
     """From the mean per scored token to the number that is reported."""
     against_full: bool
-    """Whether it needs the full-rank log-probabilities."""
+    """Whether it needs the exact distributions."""
 
 
-def _kl(logits: Tensor, batch: Batch, full_log_p: Tensor | None) -> Tensor:
-    assert full_log_p is not None, "a measure against the full rank is given it"
-    return token_kl(full_log_p, logits)
+def _kl(logits: Tensor, following: Tensor, exact: Exact | None) -> Tensor:
+    assert exact is not None, "a measure against the full rank is given it"
+    return token_kl(exact, logits)
 
 
-def _nll(logits: Tensor, batch: Batch, full_log_p: Tensor | None) -> Tensor:
-    following = batch.tokens.roll(-1, 1)
-    return -logits.float().log_softmax(-1).gather(2, following[..., None])[..., 0]
+def _nll(logits: Tensor, following: Tensor, exact: Exact | None) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), following, reduction="none")
 
 
 MEASURES = {
@@ -140,7 +140,7 @@ class Scorer:
     ) -> None:
         self.model, self.ladder, self.examples, self.rows = model, ladder, examples, rows
         self.measures = {name: MEASURES[name] for name in measures}
-        self._full: dict[int, Tensor] = {}
+        self._exact: dict[int, Exact] = {}
 
     def score(self, plan: RunPlan | PlanFor, name: str | None = None) -> Scores:
         """Scores of one plan; `name` shows a progress bar."""
@@ -154,19 +154,23 @@ class Scorer:
             made = with_progress(made, name, docs, lambda item: len(item[0]))
         for number, (index, batch) in enumerate(made):
             batch = batch.to(self.model.device)
-            full = self._full_log_p(number, batch)
+            scored = batch.scored.bool()
+            exact = self._exact_at(number, batch, scored)
             started = time.perf_counter()
-            with activate(self.model, plan(index) if callable(plan) else plan, keep_record=True) as run:
+            with activate(self.model, plan(index) if callable(plan) else plan, keep=Keep.RUNGS) as run:
                 cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
                 logits = run.logits(batch.tokens, batch.real, cache)
             # Reading a number waits for the device, so that the clock sees the whole forward.
             processed += int(batch.real.sum())
             seconds += time.perf_counter() - started
+            owner, following = scored.nonzero()[:, 0], batch.tokens.roll(-1, 1)[scored]
             for measure, chosen in self.measures.items():
-                sums[measure][index] = (chosen.tokens(logits, batch, full) * batch.scored).sum(1).cpu().numpy()
-            tokens[index] = batch.scored.sum(1).cpu().numpy()
-            active, count = cache.stream.columns()["active"], len(cache.stream.policy.rungs)
-            for where, into in ((batch.scored.bool(), rungs), (batch.prompt(), prompt_rungs)):
+                values = chosen.tokens(logits[scored], following, exact).double()
+                total = values.new_zeros(len(index)).index_add_(0, owner, values)
+                sums[measure][index] = total.cpu().numpy()
+            tokens[index] = scored.sum(1).cpu().numpy()
+            active, count = cache.stream.active_rungs(), len(cache.stream.policy.rungs)
+            for where, into in ((scored, rungs), (batch.prompt(), prompt_rungs)):
                 for document, counts in zip(index, count_rungs(active, where, count).cpu().numpy(), strict=True):
                     into[document] = counts
             kv_bytes += cache.kv_bytes()
@@ -174,17 +178,17 @@ class Scorer:
         by_rung = np.stack(rungs), np.stack(prompt_rungs)
         return Scores(sums, tokens, *by_rung, kv_bytes, kv_bytes_full, processed, 1000 * seconds)
 
-    def _full_log_p(self, number: int, batch: Batch) -> Tensor | None:
+    def _exact_at(self, number: int, batch: Batch, scored: Tensor) -> Exact | None:
+        """The exact adapter's distributions at the scored tokens [B, T] of a batch, where a measure asks for them."""
         if not any(measure.against_full for measure in self.measures.values()):
             return None
-        if number in self._full:
-            return self._full[number]
+        if number in self._exact:
+            return self._exact[number]
         with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
-            logits = run.logits(batch.tokens, batch.real, run.new_cache(len(batch.tokens)))
-        log_p = logits.float().log_softmax(-1)
-        if sum(kept.nbytes for kept in self._full.values()) + log_p.nbytes <= KEPT_BYTES:
-            self._full[number] = log_p
-        return log_p
+            exact = Exact.of(run.logits(batch.tokens, batch.real, run.new_cache(len(batch.tokens)))[scored])
+        if sum(kept.nbytes for kept in self._exact.values()) + exact.nbytes <= KEPT_BYTES:
+            self._exact[number] = exact
+        return exact
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "percentile": {"color": "#d98c1f", "marker": "s", "label": "percentile thresholds"},
     "random": {"color": "#b5b5b5", "marker": "x", "label": "random in the same band"},
     "learned": {"color": "#1f6fd9", "marker": "D", "label": "learned"},
+    "capped": {"color": "#1f6fd9", "marker": "d", "linestyle": ":", "label": "learned, its budget kept"},
     "oracle": {"color": "#2f9e5b", "marker": "^", "label": "oracle"},
 }
 

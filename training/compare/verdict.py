@@ -153,7 +153,9 @@ def table(curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray) 
 
     `latency_ms` is the measured decode time of every rung, averaged over the rungs that were active.
     """
-    knob_name = {"fixed": "rung", "learned": "log_lambda", "percentile": "centre", "random": "centre"}
+    knob_name = {
+        "fixed": "rung", "learned": "log_lambda", "capped": "log_lambda", "percentile": "centre", "random": "centre",
+    }  # fmt: skip
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, curve in curves.items():
         rows[name] = []

@@ -29,13 +29,33 @@ LOGITS_BYTES = 2**29
 """Float32 logits of one slice of a damage table's rungs and scales take no more, unless one row alone does."""
 
 
-def token_kl(full_log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL(full || this) in nats, [..., V] log-probabilities and logits -> [...] float32, never below 0."""
-    return (
-        torch.nn.functional.kl_div(logits.float().log_softmax(-1), full_log_p, reduction="none", log_target=True)
-        .sum(-1)
-        .clamp_(min=0.0)
-    )
+@dataclass(frozen=True)
+class Exact:
+    """The exact adapter's next-token distribution, which every other is held against; exponentiated once."""
+
+    log_p: Tensor
+    """[..., V] float32"""
+    p: Tensor
+    """[..., V] float32"""
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Exact:
+        """From logits [..., V] of any float dtype."""
+        log_p = logits.float().log_softmax(-1)
+        return cls(log_p, log_p.exp())
+
+    @property
+    def nbytes(self) -> int:
+        return self.log_p.nbytes + self.p.nbytes
+
+
+def token_kl(exact: Exact, logits: Tensor) -> Tensor:
+    """KL(exact || this) in nats, logits [..., V] -> [...] float32, never below 0.
+
+    Term by term, p (log p - log q): a difference of two large sums would lose what small divergences consist of.
+    """
+    difference = torch.sub(exact.log_p, logits.float().log_softmax(-1))
+    return torch.linalg.vecdot(exact.p, difference).clamp_(min=0.0)
 
 
 @torch.no_grad()
@@ -55,14 +75,14 @@ def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) 
         tokens = torch.tensor(example["input_ids"], device=run.model.device)
         length = len(tokens)
         rows = max(1, positions_within(run.model, LOGITS_BYTES) // length)
-        full: Tensor | None = None
+        exact: Exact | None = None
         kls = []
         for part in weights.split(rows):
             ids = tokens.expand(len(part), -1)
             logits = run.gated(ids, torch.ones_like(ids, dtype=torch.bool), part[:, None].expand(-1, length, -1))
-            if full is None:
-                full, logits = logits[0].float().log_softmax(-1), logits[1:]
-            kls.append(token_kl(full, logits).cpu())
+            if exact is None:
+                exact, logits = Exact.of(logits[0]), logits[1:]
+            kls.append(token_kl(exact, logits).cpu())
         table = torch.zeros(length, rungs, grid)
         table[:, :-1] = torch.cat(kls).view(rungs - 1, grid, length).permute(2, 0, 1)
         tables.append(table)
@@ -115,5 +135,5 @@ def later_damage(run: AdaptiveRun, example: Example, start: int, end: int, horiz
     weights[:, :, -1] = 1.0
     weights[:, start:end] = torch.eye(rungs, device=run.model.device)[:, None]
     logits = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights)
-    kl = token_kl(logits[-1].float().log_softmax(-1), logits).cpu()
+    kl = token_kl(Exact.of(logits[-1]), logits).cpu()
     return kl[:, start:end].sum(1), kl[:, end:].sum(1)

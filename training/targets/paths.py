@@ -11,6 +11,7 @@ from torch import Tensor
 
 from policy.operating import Operating
 from policy.settings import Settings
+from runtime.control.record import Keep
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 
@@ -115,7 +116,7 @@ def collect_paths(
     """Trajectories of `examples` under a plan's policy; `key` names what they depend on beside its settings."""
 
     def paths(group: Sequence[Example], shard: int) -> dict[str, list[Tensor]]:
-        with activate(context.model, plan, keep_record=True) as run:
+        with activate(context.model, plan, keep=Keep.DECISIONS) as run:
             found = trajectories(run, make_batch(group), operating(len(group), shard))
         return {field: [getattr(path, field) for path in found] for field in ("starts", "features", "complexity")}
 
