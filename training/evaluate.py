@@ -55,9 +55,11 @@ class Evaluation:
     prompt_mean_rank: float | None
     """Over prompt tokens; None where no document has a prompt."""
     kv_bytes: int
-    """Storage of all documents' caches, each at its end."""
+    """Keys and values of all documents, each at its end, in the formats of their pages."""
     kv_bytes_full: int
     """The same tokens in the model's own dtype."""
+    kv_bytes_allocated: int
+    """Storage of all documents' caches, room to spare included."""
     ms_per_token: float
     """Wall time of the forwards over their real tokens."""
 
@@ -139,7 +141,7 @@ def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, example
     return Evaluation(
         name, plan.settings.block_tokens, len(examples), "completion_mask" in examples[0], int(scores.tokens.sum()),
         scores.value("perplexity"), scores.mean(ranks), scores.prompt_mean(ranks), scores.kv_bytes,
-        scores.kv_bytes_full, scores.ms_per_token,
+        scores.kv_bytes_full, scores.kv_bytes_allocated, scores.ms_per_token,
     )  # fmt: skip
 
 
@@ -151,6 +153,7 @@ def _table(found: Sequence[Evaluation]) -> Table:
         "prompt": lambda e: "-" if e.prompt_mean_rank is None else f"{e.prompt_mean_rank:.2f}",
         "KV MB": lambda e: f"{e.kv_bytes / 1e6:.1f}",
         "of full": lambda e: f"{e.kv_bytes / e.kv_bytes_full:.0%}",
+        "held MB": lambda e: f"{e.kv_bytes_allocated / 1e6:.1f}",
         "ms/token": lambda e: f"{e.ms_per_token:.3f}",
     }
     rows = "blocks" if found[0].packed else "documents"

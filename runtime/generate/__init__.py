@@ -42,9 +42,11 @@ class Generation:
     prompt_mean_rank: float
     """The same over the prompt."""
     kv_bytes: int
-    """Bytes of KV storage really held at the end."""
+    """Bytes of the keys and values of all tokens at the end, in the formats of their pages."""
     kv_bytes_full: int
     """Bytes the same tokens take in the model's own dtype."""
+    kv_bytes_allocated: int
+    """Bytes of KV storage really held at the end: the room of pages not yet full, spare pages and tables included."""
     trace: list[list[ChunkTrace]] | None
     """Per row its chunks, when `return_trace=True`."""
 
@@ -169,5 +171,5 @@ def _collect(
     trace = [run.trace(row, length) for row, length in enumerate(lengths)] if return_trace else None
     return Generation(
         texts, sequences, tokens, mean_rank, run.row_mean_rank(), prompt_mean_rank, cache.kv_bytes(),
-        cache.kv_bytes_full(), trace,
+        cache.kv_bytes_full(), cache.kv_bytes_allocated(), trace,
     )  # fmt: skip

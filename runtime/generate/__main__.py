@@ -94,6 +94,7 @@ def main() -> None:
                         "mean_rank": None if math.isnan(out.mean_rank) else out.mean_rank,
                         "kv_bytes": out.kv_bytes,
                         "kv_bytes_full": out.kv_bytes_full,
+                        "kv_bytes_allocated": out.kv_bytes_allocated,
                         "chunks": [chunk.to_dict() for chunk in out.trace[0]],
                     }
                 )

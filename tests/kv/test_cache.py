@@ -118,7 +118,7 @@ def test_rows_of_a_batch_equal_runs_of_their_own(rows, device):
     for kv in rows:
         reached = {FORMATS[code] for row, own in zip(formats, rows, strict=True) if own == kv for code in row}
         assert reached - {"none"} == {"full", kv.hard, kv.easy}, "every format that a row may have must be compared"
-    assert batch.cache.kv_bytes_in_use() == sum(cache.kv_bytes_in_use() for cache in alone)
+    assert batch.cache.kv_bytes() == sum(cache.kv_bytes() for cache in alone)
 
 
 def test_rows_of_different_policies_each_keep_their_own_formats():
@@ -157,7 +157,7 @@ def test_selected_rows_go_on_like_the_original_and_share_nothing(easy, device):
     assert branch.get_seq_length() == 77
     assert branch.lengths == [feed.lengths[row] for row in rows]
     assert torch.equal(branch.page_formats(), feed.cache.page_formats()[rows][:, : branch.page_formats().shape[1]])
-    before = feed.cache.kv_bytes()
+    before = feed.cache.kv_bytes_allocated()
 
     # the branch writes something of its own and settles; the original must not notice
     positions = torch.tensor(branch.lengths)[:, None] + torch.arange(40)
@@ -174,7 +174,7 @@ def test_selected_rows_go_on_like_the_original_and_share_nothing(easy, device):
                 assert torch.equal(got[0][i, :, end : end + 40].cpu(), keys[i])
                 assert torch.equal(branch.visible()[i, :end].cpu(), feed.expected_visible()[row, :end])
     branch.settle(torch.rand(3, 40, device=device), positions.to(device))
-    assert feed.cache.kv_bytes() == before
+    assert feed.cache.kv_bytes_allocated() == before
     feed.check(feed.append([1, 1, 1]))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from policy import FULL_KV, PAGE_ACTIONS, KVRows, KVSettings, Operating
 
 KVS = [FULL_KV, KVSettings("int8", "sparse", 0.25, 2, 64, 3), KVSettings("int4", "dropped", 0.75, 0, 0)]
-THREE = (torch.tensor([0.5, 1.5, 2.5]), torch.tensor([0, 1, 2]), KVS, torch.tensor([1, 0, 1]))
+BUDGETS = torch.tensor([0.1, float("inf"), 1.0], dtype=torch.float64)
+THREE = (torch.tensor([0.5, 1.5, 2.5]), torch.tensor([0, 1, 2]), KVS, torch.tensor([1, 0, 1]), BUDGETS)
 
 
 def fields(kv: KVRows) -> list[tuple]:
@@ -29,6 +30,7 @@ def test_numbers_stand_for_every_row() -> None:
     one = Operating.at(1.25, 3)
     assert (one.knob.tolist(), one.start_rung.tolist(), one.adapter.tolist()) == ([1.25], [3], [0])
     assert fields(one.kv) == expected(FULL_KV)
+    assert one.budget.tolist() == [float("inf")], "nobody is held to a budget unless told"
     three = Operating.at(torch.tensor([0.0, 1.0, 2.0]), 2, KVS[1], 1)
     assert (three.knob.tolist(), three.start_rung.tolist(), three.adapter.tolist()) == ([0, 1, 2], [2] * 3, [1] * 3)
     assert fields(three.kv) == expected(*[KVS[1]] * 3)
@@ -42,7 +44,8 @@ def test_numbers_stand_for_every_row() -> None:
 def test_selected_rows_keep_all_that_is_theirs(index: list[int]) -> None:
     chosen = Operating.at(*THREE).select(torch.tensor(index, dtype=torch.long))
     assert len(chosen) == len(chosen.kv) == len(index)
-    for got, whole in zip((chosen.knob, chosen.start_rung, chosen.adapter), (*THREE[:2], THREE[3]), strict=True):
+    found = (chosen.knob, chosen.start_rung, chosen.adapter, chosen.budget)
+    for got, whole in zip(found, (*THREE[:2], *THREE[3:]), strict=True):
         assert got.tolist() == [whole[i] for i in index]
         assert got.dtype == whole.dtype
     assert fields(chosen.kv) == expected(*(KVS[i] for i in index))
@@ -55,6 +58,7 @@ def test_rows_go_to_sequences_one_by_one_or_to_copies_side_by_side(rows: int, or
     assert whole.knob.tolist() == [THREE[0][i] for i in order]
     assert whole.start_rung.tolist() == order
     assert whole.adapter.tolist() == [THREE[3][i] for i in order]
+    assert whole.budget.tolist() == [BUDGETS[i] for i in order]
     assert fields(whole.kv) == expected(*(KVS[i] for i in order))
 
 
@@ -118,7 +122,7 @@ def test_sparse_pages_of_a_batch_keep_one_number_of_tokens() -> None:
 @pytest.mark.gpu
 def test_tensors_move_and_the_kv_policy_stays_on_the_host() -> None:
     moved: Operating = Operating.at(*THREE).to(torch.device("cuda"))
-    tensors: list[Tensor] = [moved.knob, moved.start_rung, moved.adapter]
+    tensors: list[Tensor] = [moved.knob, moved.start_rung, moved.adapter, moved.budget]
     assert all(tensor.is_cuda for tensor in tensors)
     chosen = moved.select(torch.tensor([2, 0]))
     assert chosen.knob.tolist() == [2.5, 0.5]

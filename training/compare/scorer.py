@@ -76,9 +76,11 @@ class Scores:
     prompt_rungs: np.ndarray
     """[D, J] prompt tokens whose active rung was j."""
     kv_bytes: int = 0
-    """Storage of all documents' caches, each at its end."""
+    """Keys and values of all documents, each at its end, in the formats of their pages."""
     kv_bytes_full: int = 0
     """The same tokens in the model's own dtype."""
+    kv_bytes_allocated: int = 0
+    """Storage of all documents' caches, room to spare included."""
     processed: int = 0
     """Real tokens that went through the model, prompts included."""
     ms: float = field(default=0.0, compare=False)
@@ -118,6 +120,7 @@ class Scores:
             prompt_rungs=joined("prompt_rungs"),
             kv_bytes=sum(part.kv_bytes for part in parts),
             kv_bytes_full=sum(part.kv_bytes_full for part in parts),
+            kv_bytes_allocated=sum(part.kv_bytes_allocated for part in parts),
             processed=sum(part.processed for part in parts),
             ms=sum(part.ms for part in parts),
         )
@@ -147,7 +150,7 @@ class Scorer:
         docs = len(self.examples)
         sums = {measure: np.zeros(docs) for measure in self.measures}
         tokens, rungs, prompt_rungs = np.zeros(docs), [np.zeros(0)] * docs, [np.zeros(0)] * docs
-        kv_bytes = kv_bytes_full = processed = 0
+        kv_bytes = kv_bytes_full = kv_bytes_allocated = processed = 0
         seconds = 0.0
         made = batches(self.examples, self.rows, positions_within(self.model, LOGITS_BYTES))
         if name is not None:
@@ -175,8 +178,9 @@ class Scorer:
                     into[document] = counts
             kv_bytes += cache.kv_bytes()
             kv_bytes_full += cache.kv_bytes_full()
+            kv_bytes_allocated += cache.kv_bytes_allocated()
         by_rung = np.stack(rungs), np.stack(prompt_rungs)
-        return Scores(sums, tokens, *by_rung, kv_bytes, kv_bytes_full, processed, 1000 * seconds)
+        return Scores(sums, tokens, *by_rung, kv_bytes, kv_bytes_full, kv_bytes_allocated, processed, 1000 * seconds)
 
     def _exact_at(self, number: int, batch: Batch, scored: Tensor) -> Exact | None:
         """The exact adapter's distributions at the scored tokens [B, T] of a batch, where a measure asks for them."""

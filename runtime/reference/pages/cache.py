@@ -199,16 +199,25 @@ class PagedCache(Cache):
         return self.table.formats.clone()
 
     def kv_bytes(self) -> int:
+        """Bytes of the keys and values of the tokens held, each in its page's format, scales included.
+
+        Of a page in the model's own dtype only the tokens in it count, so it never exceeds `kv_bytes_full`; the room
+        around them is in `kv_bytes_allocated`.
+        """
+        paged = {code: allocator.used for code, allocator in self.table.allocators.items() if code != FULL}
+        whole = sum(self.lengths) - PAGE_TOKENS * self.table.settled_away()
+        total = 0
+        for layer in self._stored():
+            total += layer.token_bytes * whole
+            total += sum(layer.pools[code].page_bytes * used for code, used in paged.items() if used)
+        return total
+
+    def kv_bytes_allocated(self) -> int:
         """Bytes of all tensors held: pools of all layers with slack and scales, page table and index tensors."""
         held = [part for layer in self.layers for pool in layer.pools.values() for part in pool.parts.values()]
         held += self.table.tensors()
         storages = {(x.device, x.untyped_storage().data_ptr()): x.untyped_storage().nbytes() for x in held}
         return sum(storages.values())
-
-    def kv_bytes_in_use(self) -> int:
-        """Bytes of the pages that hold tokens, without slack and tables."""
-        pools = [(code, pool) for layer in self.layers for code, pool in layer.pools.items() if pool.capacity]
-        return sum(pool.nbytes // pool.capacity * self.table.allocators[code].used for code, pool in pools)
 
     def kv_bytes_full(self) -> int:
         """Bytes that the same tokens take unpaged in the model's dtype, every row at its own length."""

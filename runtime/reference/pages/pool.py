@@ -74,8 +74,9 @@ class PagePool:
         return next(iter(self.parts.values())).shape[1]
 
     @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return sum(part[:, :1].nbytes for part in self.parts.values())
 
     def grow(self, pages: int) -> None:
         """Hold at least `pages` pages; those beyond the present ones are unwritten."""

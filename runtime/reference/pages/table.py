@@ -64,6 +64,10 @@ class PageTable:
     def slots(self) -> int:
         return self.pages * PAGE_TOKENS
 
+    def settled_away(self) -> int:
+        """How many pages, of all rows, are no longer in full precision."""
+        return int(((self.formats != FULL) & (self.formats != NONE)).sum())
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor the table holds, index tensors of the present pass included; some may share their storage."""
         yield from (self.formats, self.index, self.complexity)
