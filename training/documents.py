@@ -27,6 +27,9 @@ ALL = "all"
 HELD_OUT = 0.5
 """Share of the groups that a fit does not train on, where it divides one split."""
 TEST_OF_HELD_OUT = 0.5
+FEW_ROWS = 4
+MOST_PADDING = 0.2
+"""A batch is closed before padding costs more than this of its real tokens: the model computes padding in full."""
 
 
 @dataclass(frozen=True)
@@ -189,17 +192,22 @@ def make_batch(examples: Sequence[Example]) -> Batch:
 def batches(examples: Sequence[Example], rows: int, positions: int | None = None) -> Iterator[tuple[list[int], Batch]]:
     """Batches of documents of like length, with the documents' indices in `examples`, which may lie on disk.
 
-    A batch has at most `rows` documents, and at most `positions` tokens with padding, unless one alone has more.
+    A batch has at most `rows` documents, from `FEW_ROWS` on no more padding than `MOST_PADDING` of its tokens, and at
+    most `positions` tokens with padding, unless one document alone has more.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     index: list[int] = []
+    tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         # Ascending: with this document the whole batch would have its length.
-        too_large = positions is not None and (len(index) + 1) * lengths[i] > positions
-        if index and (len(index) == rows or too_large):
+        padded, real = (len(index) + 1) * lengths[i], tokens + lengths[i]
+        too_large = positions is not None and padded > positions
+        too_sparse = len(index) >= FEW_ROWS and padded - real > MOST_PADDING * real
+        if index and (len(index) == rows or too_large or too_sparse):
             yield index, make_batch([examples[j] for j in index])
-            index = []
+            index, tokens = [], 0
         index.append(i)
+        tokens += lengths[i]
     if index:
         yield index, make_batch([examples[j] for j in index])
 

@@ -24,8 +24,8 @@ NO_TOKEN = -1
 def next_token_entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) divided by log V: [..., V] any float dtype -> [...] float32 in [0, 1]."""
     # A token that is ruled out with -inf adds 0 to the entropy, not 0 * inf.
-    log_p = logits.float().log_softmax(-1).clamp(min=torch.finfo(torch.float32).min)
-    entropy_nats = -(log_p.exp() * log_p).sum(-1)
+    log_p = logits.float().log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
+    entropy_nats = -torch.linalg.vecdot(log_p.exp(), log_p)
     return (entropy_nats / math.log(logits.shape[-1])).clamp_(0.0, 1.0)
 
 

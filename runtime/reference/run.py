@@ -26,6 +26,7 @@ from ..kv import FORMATS
 from ..plan import STATIC_BLOCK_TOKENS, RunPlan
 from .attention import AttentionProbe
 from .gate import NO_RUNG, Gate
+from .kept import Chosen, LastColumns
 from .layout import Columns, Layout
 from .mask import block_mask
 from .pages import PagedCache
@@ -123,6 +124,17 @@ class AdaptiveRun:
         self, tokens: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache, keep: int | None = None
     ) -> Tensor:
         """Logits [B, keep, V] of the last `keep` columns (default: all) of tokens [B, T], appended to `cache`."""
+        columns = tokens.shape[1]
+        return self._run(tokens, attention_mask, cache, LastColumns(columns, columns if keep is None else keep))
+
+    @torch.no_grad()
+    def logits_at(self, tokens: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache, wanted: Tensor) -> Tensor:
+        """Logits [N, V] where wanted [B, T] bool holds, row after row, of tokens [B, T], appended to `cache`."""
+        return self._run(tokens, attention_mask, cache, Chosen(wanted))
+
+    def _run(
+        self, tokens: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache, kept: LastColumns | Chosen
+    ) -> Tensor:
         held = cache.lengths or [0] * cache.stream.rows
         if len(held) != len(tokens):
             raise ValueError(
@@ -132,18 +144,13 @@ class AdaptiveRun:
         if cache.next_call_is_prompt:
             cache.stream.prompt_tokens = cache.stream.state.position + layout.real.sum(1)
             cache.next_call_is_prompt = False
-        logits = self._blocks(layout, cache, tokens.shape[1] if keep is None else keep)
-        cache.seen_columns += tokens.shape[1]
-        return logits
-
-    def _blocks(self, layout: Layout, cache: AdaptiveCache, keep: int) -> Tensor:
         block = self.plan.settings.block_tokens
         if cache.stream.static is not None:  # no decision waits for a block to end
             block = max(block, STATIC_BLOCK_TOKENS)
-        kept = _Kept(layout, keep)
         for start in range(0, layout.steps, block):
             columns = layout.block(start, min(start + block, layout.steps))
-            kept.add(start, columns, self._block(columns, cache))
+            kept.add(columns, self._block(columns, cache), start if layout.dense else None)
+        cache.seen_columns += tokens.shape[1]
         return kept.logits()
 
     def _block(self, columns: Columns, cache: AdaptiveCache) -> Tensor:
@@ -234,35 +241,6 @@ class AdaptiveRun:
         if self.last is None:
             raise ValueError("trace: expected a forward or generate call before this, got none; run the model first")
         return self.last
-
-
-class _Kept:
-    """Collects the logits of the last `keep` input columns, block by block."""
-
-    def __init__(self, layout: Layout, keep: int) -> None:
-        self.layout, self.keep, self.first = layout, keep, layout.columns - keep
-        self._parts: list[Tensor] = []
-        self._all: Tensor | None = None
-
-    def add(self, start: int, columns: Columns, logits: Tensor) -> None:
-        """Take in a block's logits [B, T, V], whose first column is `start` of the layout."""
-        if self.layout.dense:
-            self._parts.append(logits[:, max(0, self.first - start) :])
-            return
-        # What is not kept, and padding, goes to one spare line behind the rest, which so stays contiguous.
-        rows = len(logits)
-        if self._all is None:
-            self._all = logits.new_zeros(rows * self.keep + 1, logits.shape[-1])
-        row = torch.arange(rows, device=logits.device)[:, None]
-        wanted = columns.real & (columns.order >= self.first)
-        target = torch.where(wanted, row * self.keep + columns.order - self.first, rows * self.keep)
-        self._all.index_copy_(0, target.flatten(), logits.flatten(0, 1))
-
-    def logits(self) -> Tensor:
-        """[B, keep, V]"""
-        if self._all is not None:
-            return self._all[:-1].view(len(self.layout.tokens), self.keep, -1)
-        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts, 1)
 
 
 def _columns_to_keep(logits_to_keep: int | Tensor, columns: int, has_labels: bool) -> int:

@@ -336,3 +336,14 @@ def test_probed_layers_are_evenly_spaced_and_end_in_the_last(probed):
         assert len(chosen) == min(probed, layers)
         gaps = [b - a for a, b in itertools.pairwise(chosen)]
         assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_chosen_logits_are_those_of_the_whole(tiny_llama, plan, side):
+    """Row after row, in the order of the input's columns, from deciding runs in blocks over padded rows."""
+    ids, mask = padded(texts(), side)
+    wanted = mask.bool() & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4)
+    with activate(tiny_llama, plan()) as run:
+        whole = run.logits(ids, mask, run.new_cache(len(ids)))
+        chosen = run.logits_at(ids, mask, run.new_cache(len(ids)), wanted)
+    assert torch.equal(chosen, whole[wanted])

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime import load_tokenizer
 from training.amounts import Amounts
-from training.documents import batches, load_corpus, load_split, make_batch
+from training.documents import FEW_ROWS, MOST_PADDING, batches, load_corpus, load_split, make_batch
 
 FIT = Amounts(train_documents=12, validation_documents=6, test_documents=6, max_tokens=40, min_completion_tokens=8)
 
@@ -194,3 +196,16 @@ def test_batches_keep_to_their_positions_and_one_document_may_exceed_them(make_e
     found = list(batches(examples, 3, positions=20))
     assert sorted(i for index, _ in found for i in index) == list(range(7))
     assert [tuple(batch.tokens.shape) for _, batch in found] == [(2, 8), (2, 10), (1, 29), (1, 30), (1, 31)]
+
+
+@given(st.lists(st.integers(1, 160), min_size=1, max_size=60), st.integers(1, 30))
+def test_no_batch_pads_much(lengths, rows):
+    """Of more than a few rows; a batch of few may, or every odd length would be a batch of its own."""
+    examples = [{"id": i, "input_ids": [3] * n, "prompt_tokens": 0} for i, n in enumerate(lengths)]
+    seen = []
+    for index, batch in batches(examples, rows):
+        seen += index
+        assert len(index) <= rows
+        real = int(batch.real.sum())
+        assert batch.real.numel() - real <= MOST_PADDING * real or len(index) <= FEW_ROWS
+    assert sorted(seen) == list(range(len(lengths)))

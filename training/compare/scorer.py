@@ -162,13 +162,13 @@ class Scorer:
             started = time.perf_counter()
             with activate(self.model, plan(index) if callable(plan) else plan, keep=Keep.RUNGS) as run:
                 cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
-                logits = run.logits(batch.tokens, batch.real, cache)
+                logits = run.logits_at(batch.tokens, batch.real, cache, scored)
             # Reading a number waits for the device, so that the clock sees the whole forward.
             processed += int(batch.real.sum())
             seconds += time.perf_counter() - started
             owner, following = scored.nonzero()[:, 0], batch.tokens.roll(-1, 1)[scored]
             for measure, chosen in self.measures.items():
-                values = chosen.tokens(logits[scored], following, exact).double()
+                values = chosen.tokens(logits, following, exact).double()
                 total = values.new_zeros(len(index)).index_add_(0, owner, values)
                 sums[measure][index] = total.cpu().numpy()
             tokens[index] = scored.sum(1).cpu().numpy()
@@ -189,7 +189,8 @@ class Scorer:
         if number in self._exact:
             return self._exact[number]
         with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
-            exact = Exact.of(run.logits(batch.tokens, batch.real, run.new_cache(len(batch.tokens)))[scored])
+            cache = run.new_cache(len(batch.tokens))
+            exact = Exact.of(run.logits_at(batch.tokens, batch.real, cache, scored))
         if sum(kept.nbytes for kept in self._exact.values()) + exact.nbytes <= KEPT_BYTES:
             self._exact[number] = exact
         return exact
