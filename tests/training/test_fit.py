@@ -17,7 +17,7 @@ import torch
 from policy import SIGNALS, ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
 from runtime import generate, load_ladder, load_model, load_tokenizer
 from training.amounts import Amounts
-from training.compare.tradeoff import flat, write_report
+from training.compare.tradeoff import flat
 from training.compare.verdict import MEASURABLE_NATS
 from training.fit import main, make_parser
 
@@ -147,9 +147,12 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     assert hparams["rungs"].string_value == "[2, 4, 6, 8]"
 
 
-def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case):
+def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case, capsys):
     before, first = shards(fitted), summary_of(fitted)
     main(case.arguments(fitted, **CHANGES))
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[fit]")]
+    assert max(map(len, printed)) <= 80
+    assert f" {first['verdict']}. " in " ".join(" ".join(printed).split()), "whole words"
     assert shards(fitted) == before, "no shard written again, none added"
     # The latency table was kept, so that even milliseconds are the same.
     for key in ("curves", "area", "headroom", "captured", "exported", "kl_at"):
@@ -345,16 +348,6 @@ def test_settings_become_flat_parameters():
     nested = {"seed": 0, "rungs": [2, 4], "policy": None, "kv": {"easy": "int4", "deep": {"share": 0.5}}}
     expected = {"seed": 0, "rungs": "[2, 4]", "policy": "None", "kv.easy": "int4", "kv.deep.share": 0.5}
     assert flat(nested) == expected
-
-
-@pytest.mark.parametrize(
-    ("share", "says"), [(None, "no measurable headroom"), (0.25, "captured 25% of the headroom")], ids=["none", "some"]
-)
-def test_the_figure_names_the_run_and_what_it_captured(tmp_path, share, says):
-    row = [{"mean_rank": 2.0, "kl": 0.5}, {"mean_rank": 4.0, "kl": 0.1}]
-    summary = {"curves": {"fixed": row}, "exported": "fixed", "captured": {"share": share}}
-    title = write_report(tmp_path, summary).axes[0].get_title()
-    assert title == f"{tmp_path.name}\nexported: fixed, {says}"
 
 
 def test_help_names_every_flag(capsys):
