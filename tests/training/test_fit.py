@@ -125,13 +125,21 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
         if "_hparams_/session_start_info" in events.summary_metadata:
             content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
             hparams |= dict(HParamsPluginData.FromString(content).session_start_info.hparams)
-    for stage in ("train", "validation"):
+    for stage in ("train", "eval"):
         for name in ("loss", "kl", "mean_rank", "latency_ms"):
             assert len(scalars[f"{stage}/{name}"]) == CHANGES["amounts.epochs"], "one value an epoch"
-    assert images == {"tradeoff"}
-    assert not [tag for tag in scalars if tag.startswith("tradeoff")]
-    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_kl_at_4"}
+    assert images == {"compare/tradeoff"}
+    # Cards are sorted by tag, and the first two groups are open: the figure, and how validation went.
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in sorted({*images, *scalars})))
+    assert groups == ["compare", "eval", "hp", "tradeoff", "train"]
+    over_fixed = summary_of(fitted)["over_fixed"]
+    for name in CURVES[1:]:
+        shown = [(event.step, event.value) for event in scalars[f"tradeoff/{name}_over_fixed"]]
+        found = zip(over_fixed["mean_rank"], over_fixed["at_rank"][name], strict=True)
+        assert shown == [(rank, pytest.approx(ratio["ratio"])) for rank, ratio in found if ratio is not None]
+    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_over_fixed", "hp/learned_kl_at_4"}
     assert hp <= scalars.keys()
+    assert scalars["hp/learned_over_fixed"][0].value == pytest.approx(over_fixed["compared"]["learned"]["ratio"])
     every = {"model", "adapter", "dataset", "seed", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
     for name, settings in (
         ("amounts", Amounts),
