@@ -34,8 +34,8 @@ from runtime.loading import default_device, device_name, load_model, load_tokeni
 
 from .amounts import Amounts
 from .compare.latency import measure_latency
-from .compare.tradeoff import log_report, write_report
-from .compare.verdict import Verdict, areas, judge, table
+from .compare.tradeoff import log_report, table, write_report
+from .compare.verdict import Verdict, areas, judge
 from .console import command_line, is_first_process, quiet_libraries
 from .documents import check_context
 from .learn.train import new_logger, quiet_lightning
@@ -294,14 +294,12 @@ def _print_verdict(summary: dict[str, Any], folder: Path) -> None:
         shown.add_row(str(rank), *(f"{values[i]:.4f}" for values in summary["kl_at"].values()))
     console.print(shown)
     captured = summary["captured"]
-    share = "the headroom cannot be told from zero"
+    share = "which cannot be told from zero"
     if captured["share"] is not None:
         low, high = captured["interval_95"]
         share = f"captured {captured['share']:.0%} (95 % interval {low:.0%} to {high:.0%})"
-    console.print(
-        f"headroom {summary['headroom']['nats']:.4f} nats, {share}; exported: {summary['exported']} "
-        f"({summary['reason']})"
-    )
+    console.print(f"{summary['verdict']}.")
+    console.print(f"Headroom {summary['headroom']['nats']:.4f} nats, {share}.")
     console.print(f"{folder}/policy written in {summary['seconds']:.0f} s; tensorboard --logdir {folder.parent}")
 
 

@@ -7,40 +7,21 @@ import pytest
 import torch
 
 from policy import FixedPolicy, KnobCurve, PercentilePolicy, Settings
+from tests.training.made_curves import (
+    DOCUMENTS,
+    FIXED,
+    PERCENTILE,
+    RUNG_RANK,
+    RUNGS,
+    curve,
+    scores,
+    verdict,
+)
 from training.compare.curves import Curve, Point, fixed_curve, policy_curve
+from training.compare.equal_rank import at_equal_rank
 from training.compare.hindsight import oracle_rungs
 from training.compare.scorer import Scores
-from training.compare.verdict import areas, judge, table
-
-RUNGS = (4, 8, 16, 24, 32)
-RUNG_RANK = np.array(RUNGS, dtype=float)
-DOCUMENTS = 40
-
-
-def scores(rank: float, kl, tokens=None) -> Scores:
-    """Documents of 10 scored tokens (or `tokens`), `kl` nats per token each, mixing two rungs to a mean of `rank`."""
-    kl = np.broadcast_to(np.asarray(kl, dtype=float), DOCUMENTS)
-    tokens = np.full(DOCUMENTS, 10.0) if tokens is None else tokens
-    right = min(int(np.searchsorted(RUNG_RANK, rank, side="right")), len(RUNGS) - 1)
-    share = (rank - RUNG_RANK[right - 1]) / (RUNG_RANK[right] - RUNG_RANK[right - 1])
-    rungs = np.zeros((DOCUMENTS, len(RUNGS)))
-    rungs[:, right - 1], rungs[:, right] = (1 - share) * tokens, share * tokens
-    return Scores({"kl": kl * tokens, "perplexity": 2.0 * tokens}, tokens, rungs, rungs)
-
-
-def curve(name: str, points: list[tuple[float, object]]) -> Curve:
-    return Curve(name, tuple(Point(float(i), scores(rank, kl)) for i, (rank, kl) in enumerate(points)))
-
-
-FIXED = curve("fixed", [(4, 0.8), (8, 0.4), (16, 0.2), (24, 0.1)])
-ORACLE = curve("oracle", [(4, 0.4), (8, 0.2), (16, 0.1), (24, 0.05)])
-RANDOM = curve("random", [(4, 0.9), (8, 0.5), (16, 0.3), (24, 0.2)])
-PERCENTILE = curve("percentile", [(4, 0.8), (8, 0.39), (16, 0.21), (24, 0.1)])
-
-
-def verdict(learned: Curve, percentile: Curve = PERCENTILE, **changes):
-    curves = {"fixed": FIXED, "percentile": percentile, "learned": learned, "random": RANDOM, "oracle": ORACLE}
-    return judge({**curves, **changes}, RUNGS, RUNG_RANK, resamples=200, seed=0)
+from training.compare.verdict import areas, judge
 
 
 def test_a_curve_is_linear_between_its_points_and_the_exact_top_rung():
@@ -51,6 +32,9 @@ def test_a_curve_is_linear_between_its_points_and_the_exact_top_rung():
     assert line.at(26, RUNG_RANK) == pytest.approx(0.1)
     assert line.at(32, RUNG_RANK) == 0
     assert np.isnan(line.at(7.9, RUNG_RANK))
+    assert line.at(8 * (1 - 1e-15), RUNG_RANK) == pytest.approx(0.5), "a mean of eights, but for its last bits"
+    assert line.at([7, 8, 10], RUNG_RANK, floor=0.9)[1:] == pytest.approx([0.5, 0.4]), "a floor matters below"
+    assert line.at([4, 6], RUNG_RANK, floor=0.9) == pytest.approx([0.9, 0.7])
 
 
 def test_a_curve_of_drawn_documents_counts_each_as_often_as_it_is_drawn():
@@ -125,6 +109,154 @@ def test_a_rung_that_a_curve_does_not_reach_is_left_out():
     assert (nowhere.ranks, nowhere.exported) == ((), "fixed")
 
 
+def few(name: str, points: list[tuple[list[float], list[float]]]) -> Curve:
+    """Documents of 10 tokens and rungs 2, 4, 6, 8: per point the rung of every document, and its KL."""
+    found = []
+    for rung, kl in points:
+        tokens = np.full(len(rung), 10.0)
+        counts = np.equal.outer(rung, [2, 4, 6, 8]) * 10.0
+        found.append(Point(0.0, Scores({"kl": np.array(kl) * 10, "perplexity": tokens}, tokens, counts, counts)))
+    return Curve(name, tuple(found))
+
+
+FEW = ([2, 4, 6, 8], np.array([2.0, 4.0, 6.0, 8.0]))
+
+
+@pytest.mark.parametrize("documents", [1, 2, 8])
+def test_a_rung_that_a_curve_reaches_on_average_only_is_read_on_every_resample(documents):
+    """Four documents at rung 2 and four at 6 spend 4 together, and resamples of them more or less.
+
+    Each document's KL is 0.1 a rank below the top, so that it is 0.4 at rank 4 on whatever is drawn: above the
+    cheapest point, and below it as well.
+    """
+    fixed = few("fixed", [([rung] * documents, [0.1 * (8 - rung)] * documents) for rung in (2, 4, 6)])
+    half = [2 if number % 2 else 6 for number in range(documents)] if documents > 1 else [4]
+    mixed = few("learned", [(half, [0.1 * (8 - rung) for rung in half]), ([6] * documents, [0.2] * documents)])
+    curves = {"fixed": fixed, "learned": mixed, "oracle": mixed, "percentile": fixed}
+    read = at_equal_rank(curves, FEW[1], resamples=100, seed=0)
+    assert np.isnan(read.kl["learned"][0])
+    assert read.kl["learned"][1:] == pytest.approx([0.4, 0.2])
+    assert read.drawn["learned"].shape == (100, 3)
+    assert read.drawn["learned"] == pytest.approx(np.broadcast_to([0.6, 0.4, 0.2], (100, 3)))
+    found = judge(curves, *FEW, resamples=100, seed=0)
+    assert found.ranks == (4,)
+    assert found.gain_interval == pytest.approx((0, 0), abs=1e-12)
+    assert found.over_fixed.ratios["learned"][0] is None
+    assert found.over_fixed.ratios["learned"][1].interval == pytest.approx((1, 1))
+
+
+def test_resamples_without_headroom_have_no_share_of_it():
+    """One document of eight has all the headroom that there is; a resample in three does not draw it."""
+    flat, same = [0.4] * 8, [4] * 8
+    ends = [([2] * 8, [0.6] * 8), ([6] * 8, [0.2] * 8)]
+    fixed = few("fixed", [ends[0], (same, flat), ends[1]])
+
+    def better(name, documents, by):
+        return few(name, [ends[0], (same, [0.4 - by * (number < documents) for number in range(8)]), ends[1]])
+
+    curves = {"fixed": fixed, "percentile": fixed, "learned": better("learned", 1, 0.1)}
+    found = judge({**curves, "oracle": better("oracle", 1, 0.2)}, *FEW, resamples=100, seed=0)
+    assert (found.headroom, found.captured) == (pytest.approx(0.025), None), "its interval reaches zero"
+    # Four of eight: one resample in 256 draws none of them, too few to reach into the interval.
+    curves |= {"learned": better("learned", 4, 0.1), "oracle": better("oracle", 4, 0.2)}
+    drawn = at_equal_rank(curves, FEW[1], resamples=1000, seed=0).drawn
+    assert (drawn["fixed"] == drawn["oracle"]).all(1).any()
+    found = judge(curves, *FEW, resamples=1000, seed=0)
+    assert found.captured == pytest.approx(0.5)
+    assert found.captured_interval == pytest.approx((0.5, 0.5))
+
+
+def test_the_ratio_to_the_fixed_rungs_is_of_the_same_documents():
+    """KL differs from document to document fourfold, but the learned policy's is 3 % higher on each."""
+    size = np.linspace(0.5, 2.0, DOCUMENTS)
+    levels = [(4, 0.8), (8, 0.4), (16, 0.2), (24, 0.1)]
+    fixed, learned = (
+        curve(name, [(rank, kl * factor * size) for rank, kl in levels])
+        for name, factor in (("fixed", 1.0), ("learned", 1.03))
+    )
+    found = verdict(learned, fixed=fixed).over_fixed
+    assert found.ranks == (4, 8, 16, 24)
+    assert found.kl["learned"] == pytest.approx([1.03 * kl * size.mean() for _, kl in levels])
+    for ratio in (found.compared["learned"], *found.ratios["learned"]):
+        assert (ratio.value, *ratio.interval) == pytest.approx((1.03, 1.03, 1.03)), "resamples are paired"
+    for ratio in (found.compared["fixed"], *found.ratios["fixed"]):
+        assert (ratio.value, *ratio.interval) == (1, 1, 1)
+    low, high = found.compared["oracle"].interval
+    assert low < 0.35 / 0.7 / size.mean() < high
+    assert high - low > 0.05, "the oracle's KL does not follow the documents"
+
+
+def test_what_fixed_rungs_do_not_lose_has_no_ratio():
+    exact = curve("fixed", [(4, 0.8), (8, 0.4), (16, 0.2), (24, 0.0)])
+    found = verdict(replace(exact, name="learned"), exact, fixed=exact, oracle=exact, random=exact).over_fixed
+    assert [ratio and ratio.value for ratio in found.ratios["learned"]] == [1, 1, 1, None]
+    nothing = curve("fixed", [(rank, 0.0) for rank in (4, 8, 16, 24)])
+    found = verdict(replace(nothing, name="learned"), nothing, fixed=nothing, oracle=nothing, random=nothing)
+    assert found.over_fixed.compared["learned"] is None
+    assert found.sentence == "Fixed rungs are exported: they lose nothing that can be measured"
+
+
+def wild(better: float) -> Curve:
+    """A learned policy better than the fixed rungs by `better` on average, by documents that differ more than that."""
+    noise = np.random.default_rng(1).normal(0, 0.1, DOCUMENTS)
+    noise -= noise.mean()
+    return curve("learned", [(r, kl * (1 - better + noise)) for r, kl in [(4, 0.8), (8, 0.4), (16, 0.2), (24, 0.1)]])
+
+
+EXACTLY = [(4, 0.5), (8, 0.3), (16, 0.15), (24, 0.075)]
+AT_16 = curve("percentile", [(4, 0.8), (8, 0.39), (16, 0.12), (24, 0.1)])
+
+
+@pytest.mark.parametrize(
+    ("learned", "percentile", "says"),
+    [
+        (
+            curve("learned", EXACTLY),
+            PERCENTILE,
+            "The learned policy is exported: its KL is 25 % lower than the fixed rungs' at equal rank "
+            "(95 % interval 25 to 25 %)",
+        ),
+        (
+            wild(-0.123),
+            PERCENTILE,
+            "Fixed rungs are exported: the learned policy's KL is 12 % higher at equal rank "
+            "(95 % interval {low:.2g} to {high:.2g} %)",
+        ),
+        (
+            wild(0.004),
+            PERCENTILE,
+            "Fixed rungs are exported: the learned policy's KL is 0.4 % lower at equal rank, within chance "
+            "(95 % interval {low:.2g} to {high:.2g} %)",
+        ),
+        (
+            replace(FIXED, name="learned"),
+            PERCENTILE,
+            "Fixed rungs are exported: the learned policy's KL is the same at equal rank, within chance "
+            "(95 % interval 0 to 0 %)",
+        ),
+        (
+            curve("learned", EXACTLY),
+            AT_16,
+            "Fixed rungs are exported: the learned policy's KL is 25 % lower at equal rank (95 % interval 25 to 25 %), "
+            "but percentile thresholds do better at mean rank 16",
+        ),
+        (
+            curve("learned", [(25, 0.05)]),
+            PERCENTILE,
+            "Fixed rungs are exported: no policy's curve reaches a fixed rung",
+        ),
+    ],
+    ids=["better", "worse", "chance", "same", "percentile", "nowhere"],
+)
+def test_the_sentence_says_what_is_exported_and_how_far_learned_is_from_fixed(learned, percentile, says):
+    found = verdict(learned, percentile)
+    if found.ranks:
+        sign = 1 if "higher" in says else -1
+        low, high = sorted(sign * 100 * (ratio - 1) for ratio in found.over_fixed.compared["learned"].interval)
+        says = says.format(low=low, high=high)
+    assert found.sentence == found.describe()["verdict"] == says
+
+
 def test_small_adapters_are_compared_at_the_rung_below_the_middle():
     points = [(2, 0.8), (4, 0.4), (6, 0.2)]
     rungs, rank = (2, 4, 6, 7), np.array([2.0, 4.0, 6.0, 7.0])
@@ -166,17 +298,6 @@ def test_areas_are_trapezoids_over_the_range_all_curves_cover():
     expected = {"fixed": 8 * 0.3 + 16 * 0.1, "learned": 8 * 0.2 + 16 * 0.05}
     # The grid of 101 ranks does not hit rank 16: at a kink of slope change s a step h errs by at most s h^2 / 8.
     assert areas(curves, RUNG_RANK) == pytest.approx(expected, abs=2e-3)
-
-
-def test_the_table_has_one_row_per_point_and_averages_latency_over_active_rungs():
-    curves = {"fixed": FIXED, "oracle": Curve("oracle", (Point(None, scores(12, 0.2)),))}
-    rows = table(curves, RUNG_RANK, np.array([1.0, 2.0, 4.0, 6.0, 8.0]))
-    assert [row["mean_rank"] for row in rows["fixed"]] == pytest.approx([4, 8, 16, 24])
-    assert [row["latency_ms"] for row in rows["fixed"]] == pytest.approx([1, 2, 4, 6])
-    (row,) = rows["oracle"]
-    expected = {"mean_rank": 12, "kl": 0.2, "latency_ms": 3, "prompt_mean_rank": 12, "perplexity": np.exp(2)}
-    assert row == pytest.approx(expected)
-    assert [row["rung"] for row in rows["fixed"]] == [0, 1, 2, 3]
 
 
 class Recorder:

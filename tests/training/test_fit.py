@@ -17,7 +17,7 @@ import torch
 from policy import SIGNALS, ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
 from runtime import generate, load_ladder, load_model, load_tokenizer
 from training.amounts import Amounts
-from training.compare.tradeoff import flat, write_report
+from training.compare.tradeoff import flat
 from training.compare.verdict import MEASURABLE_NATS
 from training.fit import main, make_parser
 
@@ -125,13 +125,21 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
         if "_hparams_/session_start_info" in events.summary_metadata:
             content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
             hparams |= dict(HParamsPluginData.FromString(content).session_start_info.hparams)
-    for stage in ("train", "validation"):
+    for stage in ("train", "eval"):
         for name in ("loss", "kl", "mean_rank", "latency_ms"):
             assert len(scalars[f"{stage}/{name}"]) == CHANGES["amounts.epochs"], "one value an epoch"
-    assert images == {"tradeoff"}
-    assert not [tag for tag in scalars if tag.startswith("tradeoff")]
-    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_kl_at_4"}
+    assert images == {"compare/tradeoff"}
+    # Cards are sorted by tag, and the first two groups are open: the figure, and how validation went.
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in sorted({*images, *scalars})))
+    assert groups == ["compare", "eval", "hp", "tradeoff", "train"]
+    over_fixed = summary_of(fitted)["over_fixed"]
+    for name in CURVES[1:]:
+        shown = [(event.step, event.value) for event in scalars[f"tradeoff/{name}_over_fixed"]]
+        found = zip(over_fixed["mean_rank"], over_fixed["at_rank"][name], strict=True)
+        assert shown == [(rank, pytest.approx(ratio["ratio"])) for rank, ratio in found if ratio is not None]
+    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_over_fixed", "hp/learned_kl_at_4"}
     assert hp <= scalars.keys()
+    assert scalars["hp/learned_over_fixed"][0].value == pytest.approx(over_fixed["compared"]["learned"]["ratio"])
     every = {"model", "adapter", "dataset", "seed", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
     for name, settings in (
         ("amounts", Amounts),
@@ -147,9 +155,12 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     assert hparams["rungs"].string_value == "[2, 4, 6, 8]"
 
 
-def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case):
+def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case, capsys):
     before, first = shards(fitted), summary_of(fitted)
     main(case.arguments(fitted, **CHANGES))
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[fit]")]
+    assert max(map(len, printed)) <= 80
+    assert f" {first['verdict']}. " in " ".join(" ".join(printed).split()), "whole words"
     assert shards(fitted) == before, "no shard written again, none added"
     # The latency table was kept, so that even milliseconds are the same.
     for key in ("curves", "area", "headroom", "captured", "exported", "kl_at"):
@@ -345,16 +356,6 @@ def test_settings_become_flat_parameters():
     nested = {"seed": 0, "rungs": [2, 4], "policy": None, "kv": {"easy": "int4", "deep": {"share": 0.5}}}
     expected = {"seed": 0, "rungs": "[2, 4]", "policy": "None", "kv.easy": "int4", "kv.deep.share": 0.5}
     assert flat(nested) == expected
-
-
-@pytest.mark.parametrize(
-    ("share", "says"), [(None, "no measurable headroom"), (0.25, "captured 25% of the headroom")], ids=["none", "some"]
-)
-def test_the_figure_names_the_run_and_what_it_captured(tmp_path, share, says):
-    row = [{"mean_rank": 2.0, "kl": 0.5}, {"mean_rank": 4.0, "kl": 0.1}]
-    summary = {"curves": {"fixed": row}, "exported": "fixed", "captured": {"share": share}}
-    title = write_report(tmp_path, summary).axes[0].get_title()
-    assert title == f"{tmp_path.name}\nexported: fixed, {says}"
 
 
 def test_help_names_every_flag(capsys):

@@ -3,7 +3,9 @@
 scorer     runs a plan over documents for real and adds up measures: the only place that does
 hindsight  the oracle
 curves     every policy's knob set on validation, measured once on test
-verdict    headroom, what was captured, and what is exported
+equal_rank every curve read at the mean rank of the fixed rungs, as measured and on resampled documents
+verdict    headroom, what was captured, how far from the fixed rungs, and what is exported
 latency    milliseconds of every rung
-tradeoff   the figure, the table, TensorBoard
+figure     what is exported and by how much, in one picture
+tradeoff   the table, the summary, TensorBoard
 """

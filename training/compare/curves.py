@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from policy.contract import RankPolicy
 from policy.curve import KnobCurve
@@ -59,14 +60,25 @@ class Curve:
     config: dict[str, Any] = field(default_factory=dict)
     """How the policy was set up."""
 
-    def at(self, rank: float, rung_rank: np.ndarray, documents: np.ndarray | None = None) -> float:
-        """KL at a mean rank: linear between measured points and the exact top rung; nan below the cheapest point.
+    def at(
+        self,
+        ranks: ArrayLike,
+        rung_rank: np.ndarray,
+        documents: np.ndarray | None = None,
+        floor: float | None = None,
+    ) -> np.ndarray:
+        """KL at mean ranks [K]: linear between measured points and the exact top rung; nan below the cheapest point.
 
-        `documents` [D] counts how often each document is drawn (default: each once).
+        `documents` [D] counts how often each document is drawn (default: each once). With `floor`, the KL of the
+        cheapest rung, the line goes on to that rung below the cheapest point.
         """
         pairs = [rank_and_kl(point.scores, rung_rank, documents) for point in self.points]
-        ranks, kls = zip(*sorted([*pairs, (float(rung_rank[-1]), 0.0)]), strict=True)
-        return float(np.interp(rank, ranks, kls, left=np.nan))
+        measured, kls = zip(*sorted([*pairs, (float(rung_rank[-1]), 0.0)]), strict=True)
+        if floor is not None and measured[0] > rung_rank[0]:
+            measured, kls = (float(rung_rank[0]), *measured), (floor, *kls)
+        # A mean of equal ranks may differ from them in its last bits.
+        wanted = np.where(np.isclose(ranks, measured[0], rtol=1e-9, atol=0), measured[0], ranks)
+        return np.interp(wanted, measured, kls, left=np.nan)
 
 
 def rank_and_kl(scores: Scores, rung_rank: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What a fit leaves behind for people: the figure, the table, the summary, TensorBoard."""
+"""What a fit leaves behind for people: the table, the figure, the summary, TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,52 +8,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from policy.files import write_whole
 
-STYLE: dict[str, dict[str, Any]] = {
-    "fixed": {"color": "#444444", "marker": "o", "label": "fixed rung"},
-    "percentile": {"color": "#d98c1f", "marker": "s", "label": "percentile thresholds"},
-    "random": {"color": "#b5b5b5", "marker": "x", "label": "random in the same band"},
-    "learned": {"color": "#1f6fd9", "marker": "D", "label": "learned"},
-    "capped": {"color": "#1f6fd9", "marker": "d", "linestyle": ":", "label": "learned, its budget kept"},
-    "oracle": {"color": "#2f9e5b", "marker": "^", "label": "oracle"},
-}
+from .curves import Curve
+from .figure import STYLE, tradeoff_figure
 
 
-def tradeoff_figure(curves: dict[str, list[dict[str, Any]]], title: str) -> Figure:
-    """KL over mean rank for every policy; both axes are what was measured on held-out documents."""
-    # TensorBoard shows it at a quarter of its size: few inches, large letters.
-    figure = Figure(figsize=(7.2, 5.0), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, rows in curves.items():
-        points = sorted((row["mean_rank"], row["kl"]) for row in rows)
-        ranks, kls = zip(*points, strict=True)
-        axes.plot(ranks, kls, markersize=7, linewidth=2, **STYLE[name])
-    axes.set_xlabel("mean rank, byte-weighted, over scored tokens", fontsize=15)
-    axes.set_ylabel("KL to full rank, nats per token", fontsize=15)
-    axes.set_yscale("log")
-    axes.tick_params(which="both", labelsize=13)
-    axes.set_title(title, fontsize=15)
-    axes.grid(True, which="major", color="#e6e6e6")
-    axes.legend(frameon=False, fontsize=14)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure
+def table(curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    """The curves as plain numbers: per point its knob, mean rank, KL, prompt's mean rank, perplexity, latency.
+
+    `latency_ms` is the measured decode time of every rung, averaged over the rungs that were active.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, curve in curves.items():
+        rows[name] = []
+        for point in curve.points:
+            scores = point.scores
+            row: dict[str, Any] = {} if point.knob is None else {STYLE[name].knob: point.knob}
+            row |= {
+                "mean_rank": scores.mean(rung_rank),
+                "kl": scores.value("kl"),
+                "latency_ms": scores.mean(rung_ms),
+                "prompt_mean_rank": scores.prompt_mean(rung_rank),
+                "perplexity": scores.value("perplexity"),
+            }
+            rows[name].append(row)
+    return rows
 
 
 def write_report(output: Path, summary: dict[str, Any]) -> Figure:
     """Write `tradeoff.csv`, `tradeoff.png` and, last, `summary.json`; return the figure."""
-    curves = summary["curves"]
-    write_whole(output / "tradeoff.csv", _csv(curves).encode())
-    share = summary["captured"]["share"]
-    captured = "no measurable headroom" if share is None else f"captured {share:.0%} of the headroom"
-    # A name such as `.` says nothing.
-    figure = tradeoff_figure(curves, f"{output.resolve().name}\nexported: {summary['exported']}, {captured}")
+    write_whole(output / "tradeoff.csv", _csv(summary).encode())
+    # A path such as `.` says nothing.
+    figure = tradeoff_figure(summary, output.resolve().name)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_whole(output / "tradeoff.png", image.getvalue())
@@ -62,14 +53,27 @@ def write_report(output: Path, summary: dict[str, Any]) -> Figure:
 
 
 def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any], params: dict[str, Any]) -> None:
-    """The figure, and the HParams row of this run: every setting, and what to compare runs by."""
-    logger.experiment.add_figure("tradeoff", figure, close=False)
+    """The figure, the trade-off to lay over that of other runs, and the HParams row: settings, what to compare runs by.
+
+    TensorBoard sorts cards by tag and opens the first two groups: `compare` and `eval` come before `hp`, `tradeoff` and
+    `train`. Over mean rank it is given the ratio to the fixed rungs alone: it is what runs differ in, and TensorBoard
+    smooths every line unless told otherwise, which a ratio near 1 survives and a KL that falls twentyfold does not.
+    """
+    logger.experiment.add_figure("compare/tradeoff", figure, close=False)
+    over_fixed = summary["over_fixed"]
+    for name, ratios in over_fixed["at_rank"].items():
+        for rank, found in zip(over_fixed["mean_rank"], ratios, strict=True):
+            if found is not None and name != "fixed":
+                logger.experiment.add_scalar(f"tradeoff/{name}_over_fixed", found["ratio"], round(rank))
     metrics = {
         "hp/quality": summary["operating_point"]["kl"],
         "hp/latency": summary["operating_point"]["latency_ms"],
         "hp/headroom": summary["headroom"]["nats"],
         "hp/captured": summary["captured"]["share"] or 0.0,
     }
+    compared = over_fixed["compared"]["learned"]
+    if compared is not None:
+        metrics["hp/learned_over_fixed"] = compared["ratio"]
     learned = zip(summary["compared_at"], summary["kl_at"]["learned"], strict=True)
     metrics |= {f"hp/learned_kl_at_{rank}": kl for rank, kl in learned}
     logger.log_hyperparams(flat(params), metrics)
@@ -87,8 +91,17 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | fl
     return found
 
 
-def _csv(curves: dict[str, list[dict[str, Any]]]) -> str:
-    rows = [{"policy": name, **row} for name, points in curves.items() for row in points]
+def _csv(summary: dict[str, Any]) -> str:
+    """A row per measured point, and beside it what its policy reaches at the very rank that the point was aimed at."""
+    over_fixed = summary["over_fixed"]
+    rows = []
+    for name, points in summary["curves"].items():
+        read = zip(points, over_fixed["mean_rank"], over_fixed["kl"][name], over_fixed["at_rank"][name], strict=True)
+        for row, rank, kl, found in read:
+            low, high = (None, None) if found is None else found["interval_95"]
+            ratio = None if found is None else found["ratio"]
+            equal = {"at_rank": rank, "kl_at_rank": kl, "over_fixed": ratio, "over_fixed_low": low}
+            rows.append({"policy": name, **row, **equal, "over_fixed_high": high})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)

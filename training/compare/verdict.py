@@ -1,29 +1,67 @@
 """The verdict: what the learned policy gains over the fixed rungs, of what there is to gain, and what is exported.
 
-It is read at the fixed rungs 8, 16 and 24 themselves (of those there are): there a policy's KL is interpolated linearly
-between its own measured points, which for a convex curve can only overstate it, and the fixed rung's KL is as measured.
+It is read at the mean rank of the fixed rungs 8, 16 and 24 (of those there are), as `equal_rank` reads the curves:
 
     headroom = KL(fixed) - KL(oracle),   captured = (KL(fixed) - KL(learned)) / headroom,   averaged over those rungs
 
 with 95 % intervals from resampling test documents. The oracle knows every rung's damage on the test documents ahead and
 may also stay at the fixed rung, so its headroom is never negative; where it cannot be told from zero, nothing can be
-captured and the share is not given.
+captured and the share is not given. Nor is a policy's KL over the fixed rungs' given where those lose nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import auc
 
-from .curves import Curve, rank_and_kl
+from .curves import Curve
+from .equal_rank import EqualRank, Interval, at_equal_rank, interval
 
 VERDICT_RANKS = (8, 16, 24)
 MEASURABLE_NATS = 1e-6
-"""A headroom whose interval reaches below this is none."""
+"""A headroom, or a KL to compare with, whose interval reaches below this is none."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One number of nats over another, with its 95 % interval."""
+
+    value: float
+    interval: Interval
+
+    def describe(self) -> dict[str, Any]:
+        """For the summary."""
+        return {"ratio": self.value, "interval_95": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class OverFixed:
+    """KL of every policy over the fixed rungs' at equal rank; None where a curve does not reach, or fixed is exact."""
+
+    compared: dict[str, Ratio | None]
+    """Both averaged over the rungs that the verdict is read at."""
+    ranks: tuple[float, ...]
+    """Mean rank of every rung but the top."""
+    kl: dict[str, list[float | None]]
+    """Each policy's KL at these."""
+    ratios: dict[str, list[Ratio | None]]
+    """Its KL there over the fixed rung's."""
+
+    def describe(self) -> dict[str, Any]:
+        """For the summary."""
+        return {
+            "compared": {name: None if ratio is None else ratio.describe() for name, ratio in self.compared.items()},
+            "mean_rank": list(self.ranks),
+            "kl": self.kl,
+            "at_rank": {
+                name: [None if ratio is None else ratio.describe() for ratio in ratios]
+                for name, ratios in self.ratios.items()
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -36,16 +74,39 @@ class Verdict:
     """KL of each policy at those mean ranks."""
     headroom: float
     """Mean over them of KL(fixed) - KL(oracle), nats per completion token."""
-    headroom_interval: tuple[float, float]
+    headroom_interval: Interval
     captured: float | None
     """Share of the headroom the learned policy captures; None where the headroom cannot be told from zero."""
-    captured_interval: tuple[float, float] | None
+    captured_interval: Interval | None
     gain: float
     """Mean of KL(fixed) - KL(learned), nats; negative: the fixed rungs are better."""
-    gain_interval: tuple[float, float]
+    gain_interval: Interval
     exported: str
     """`learned` when it beats the fixed rungs beyond chance and percentile at no rung does better, else `fixed`."""
     reason: str
+    over_fixed: OverFixed
+
+    @property
+    def sentence(self) -> str:
+        """What is exported and how far the learned policy is from the fixed rungs, for people."""
+        if not self.ranks:
+            return f"Fixed rungs are exported: {self.reason}"
+        found = self.over_fixed.compared["learned"]
+        if found is None:
+            return "Fixed rungs are exported: they lose nothing that can be measured"
+        sign, word = (1, "higher") if found.value >= 1 else (-1, "lower")
+        change, *ends = (100 * sign * (ratio - 1) for ratio in (found.value, *found.interval))
+        low, high = (_percent(end) for end in sorted(ends))
+        amount = "the same" if _percent(change) == "0" else f"{_percent(change)} % {word}"
+        between = f"(95 % interval {low} to {high} %)"
+        if self.exported == "learned":
+            return f"The learned policy is exported: its KL is {amount} than the fixed rungs' at equal rank {between}"
+        said = f"Fixed rungs are exported: the learned policy's KL is {amount} at equal rank"
+        if self.gain_interval[1] < 0:
+            return f"{said} {between}"
+        if self.gain_interval[0] <= 0:
+            return f"{said}, within chance {between}"
+        return f"{said} {between}, but {self.reason}"
 
     def metrics(self) -> dict[str, Any]:
         """What a checkpoint carries of it."""
@@ -67,8 +128,10 @@ class Verdict:
             "headroom": {"nats": self.headroom, "interval_95": list(self.headroom_interval)},
             "captured": {"share": self.captured, "interval_95": None if captured is None else list(captured)},
             "gain_over_fixed": {"nats": self.gain, "interval_95": list(self.gain_interval)},
+            "over_fixed": self.over_fixed.describe(),
             "exported": self.exported,
             "reason": self.reason,
+            "verdict": self.sentence,
         }
 
 
@@ -76,25 +139,20 @@ def judge(
     curves: dict[str, Curve], rungs: Sequence[int], rung_rank: np.ndarray, *, resamples: int, seed: int
 ) -> Verdict:
     """Judge `curves` (fixed, percentile, learned, random, oracle). See the module's docstring."""
+    read = at_equal_rank(curves, rung_rank, resamples=resamples, seed=seed)
     wanted = [rung for rung in VERDICT_RANKS if rung in rungs[:-1]] or list(rungs[len(rungs) // 2 - 1 : -1][:1])
-    columns = {rung: rungs.index(rung) for rung in wanted}
-    kl = {name: [_at(curve, columns[r], rung_rank) for r in wanted] for name, curve in curves.items()}
-    reached = [i for i in range(len(wanted)) if not any(np.isnan(values[i]) for values in kl.values())]
-    ranks = tuple(wanted[i] for i in reached)
-    kl = {name: [values[i] for i in reached] for name, values in kl.items()}
+    ranks = tuple(rung for rung in wanted if not any(np.isnan(kl[rungs.index(rung)]) for kl in read.kl.values()))
+    columns = [rungs.index(rung) for rung in ranks]
+    kl = {name: values[columns].tolist() for name, values in read.kl.items()}
+    over_fixed = _over_fixed(read, columns)
     if not ranks:
         none = (0.0, 0.0)
-        return Verdict((), kl, 0.0, none, None, None, 0.0, none, "fixed", "no policy's curve reaches a fixed rung")
-    indices = [columns[rank] for rank in ranks]
-    gain, headroom = _gain_and_headroom(curves, indices, rung_rank, None)
-    draws = [_gain_and_headroom(curves, indices, rung_rank, d) for d in _resamples(curves, resamples, seed)]
-    gains, rooms = (np.array(column) for column in zip(*draws, strict=True))
-    headroom_interval, gain_interval = _interval(rooms), _interval(gains)
-    captured, captured_interval = None, None
-    if headroom_interval[0] > MEASURABLE_NATS:
-        captured, captured_interval = gain / headroom, _interval(gains / rooms)
+        reason = "no policy's curve reaches a fixed rung"
+        return Verdict((), kl, 0.0, none, None, None, 0.0, none, "fixed", reason, over_fixed)
+    (gain, headroom), (gains, rooms) = (_gain_and_headroom(found, columns) for found in (read.kl, read.drawn))
+    headroom_interval, (low, high) = interval(rooms), interval(gains)
+    captured = _ratio(float(gain), float(headroom), gains, rooms)
     worse = [r for r, mine, other in zip(ranks, kl["learned"], kl["percentile"], strict=True) if mine > other]
-    low, high = gain_interval
     if high < 0:
         reason = f"worse than the fixed rungs: gain [{low:.5f}, {high:.5f}] nats"
     elif low <= 0:
@@ -103,38 +161,57 @@ def judge(
         reason = f"percentile thresholds do better at mean rank {', '.join(map(str, worse))}"
     else:
         reason = "beats the fixed rungs beyond chance and percentile thresholds everywhere"
-    exported = "learned" if low > 0 and not worse else "fixed"
     return Verdict(
-        ranks, kl, headroom, headroom_interval, captured, captured_interval, gain, gain_interval, exported, reason
+        ranks=ranks,
+        kl=kl,
+        headroom=float(headroom),
+        headroom_interval=headroom_interval,
+        captured=None if captured is None else captured.value,
+        captured_interval=None if captured is None else captured.interval,
+        gain=float(gain),
+        gain_interval=(low, high),
+        exported="learned" if low > 0 and not worse else "fixed",
+        reason=reason,
+        over_fixed=over_fixed,
     )
 
 
-def _at(curve: Curve, index: int, rung_rank: np.ndarray, draws: np.ndarray | None = None) -> float:
-    if curve.name == "fixed":  # as measured, never interpolated
-        return rank_and_kl(curve.points[index].scores, rung_rank, draws)[1]
-    return curve.at(float(rung_rank[index]), rung_rank, draws)
+def _gain_and_headroom(kl: dict[str, np.ndarray], columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over `columns` of KL [..., K]."""
+    fixed, learned, oracle = (kl[name][..., columns] for name in ("fixed", "learned", "oracle"))
+    return (fixed - learned).mean(-1), (fixed - np.minimum(oracle, fixed)).mean(-1)
 
 
-def _gain_and_headroom(
-    curves: dict[str, Curve], indices: Sequence[int], rung_rank: np.ndarray, draws: np.ndarray | None
-) -> tuple[float, float]:
-    fixed, learned, oracle = (
-        np.array([_at(curves[name], index, rung_rank, draws) for index in indices])
-        for name in ("fixed", "learned", "oracle")
+def _over_fixed(read: EqualRank, columns: Sequence[int]) -> OverFixed:
+    def ratio(name: str, where: Sequence[int]) -> Ratio | None:
+        values = (kl[..., where].mean(-1) for found in (read.kl, read.drawn) for kl in (found[name], found["fixed"]))
+        part, whole, drawn_part, drawn_whole = values
+        return _ratio(float(part), float(whole), drawn_part, drawn_whole)
+
+    return OverFixed(
+        compared={name: ratio(name, columns) if columns else None for name in read.kl},
+        ranks=tuple(read.ranks.tolist()),
+        kl={name: [None if np.isnan(value) else value for value in kl.tolist()] for name, kl in read.kl.items()},
+        ratios={name: [ratio(name, [index]) for index in range(len(read.ranks))] for name in read.kl},
     )
-    return float(np.nanmean(fixed - learned)), float(np.nanmean(fixed - np.fmin(oracle, fixed)))
 
 
-def _resamples(curves: dict[str, Curve], count: int, seed: int) -> Iterator[np.ndarray]:
-    documents = len(curves["fixed"].points[0].scores.tokens)
-    generator = np.random.default_rng(seed)
-    for _ in range(count):
-        yield np.bincount(generator.integers(documents, size=documents), minlength=documents).astype(float)
+def _ratio(part: float, whole: float, drawn_part: np.ndarray, drawn_whole: np.ndarray) -> Ratio | None:
+    """`part / whole` with the interval of its resamples [R]; None where the whole cannot be told from zero.
+
+    The few resamples that have no whole have no ratio to tell of.
+    """
+    if np.isnan(part) or interval(drawn_whole)[0] <= MEASURABLE_NATS:
+        return None
+    there = drawn_whole > MEASURABLE_NATS
+    return Ratio(part / whole, interval(drawn_part[there] / drawn_whole[there]))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _percent(value: float) -> str:
+    """Two digits, and none behind the third decimal."""
+    if abs(value) >= 9.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 0.1 else f"{round(value, 3) + 0.0:.1g}"
 
 
 def areas(curves: dict[str, Curve], rung_rank: np.ndarray) -> dict[str, float]:
@@ -145,29 +222,4 @@ def areas(curves: dict[str, Curve], rung_rank: np.ndarray) -> dict[str, float]:
     }
     low = max(min(values) for values in ranks.values())
     grid = np.linspace(low, float(rung_rank[-1]), 101)
-    return {name: float(auc(grid, [curve.at(r, rung_rank) for r in grid])) for name, curve in curves.items()}
-
-
-def table(curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """The curves as plain numbers: per point its knob, mean rank, KL, prompt's mean rank, perplexity, latency.
-
-    `latency_ms` is the measured decode time of every rung, averaged over the rungs that were active.
-    """
-    knob_name = {
-        "fixed": "rung", "learned": "log_lambda", "capped": "log_lambda", "percentile": "centre", "random": "centre",
-    }  # fmt: skip
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name, curve in curves.items():
-        rows[name] = []
-        for point in curve.points:
-            scores = point.scores
-            row: dict[str, Any] = {} if point.knob is None else {knob_name[name]: point.knob}
-            row |= {
-                "mean_rank": scores.mean(rung_rank),
-                "kl": scores.value("kl"),
-                "latency_ms": scores.mean(rung_ms),
-                "prompt_mean_rank": scores.prompt_mean(rung_rank),
-                "perplexity": scores.value("perplexity"),
-            }
-            rows[name].append(row)
-    return rows
+    return {name: float(auc(grid, curve.at(grid, rung_rank))) for name, curve in curves.items()}

@@ -97,9 +97,7 @@ class PolicyFit(L.LightningModule):
         shares = (torch.arange(len(tokens), device=self.device) + 0.5) / len(tokens)
         # Every chunk at the same spread of lambda each epoch, decorrelated from the documents' order.
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed)).to(self.device)
-        self._log(
-            "validation", self.objective(features, damage, tokens, low + (high - low) * shares[order]), len(tokens)
-        )
+        self._log("eval", self.objective(features, damage, tokens, low + (high - low) * shares[order]), len(tokens))
 
     def _log(self, stage: str, parts: dict[str, Tensor], size: int) -> None:
         names = {f"{stage}/{name}": value for name, value in parts.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from warnings import catch_warnings, filterwarnings
@@ -133,12 +133,19 @@ def train_round(
     trainer.fit(module, chunks, loader(held_out, amounts.batch_chunks), ckpt_path=resume)
 
 
-def new_logger(root: Path, name: str, *, fresh: bool) -> TensorBoardLogger:
+class FitLogger(TensorBoardLogger):
+    """Lightning's, without the `epoch` that it logs beside everything: TensorBoard would open on that card."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
+def new_logger(root: Path, name: str, *, fresh: bool) -> FitLogger:
     """TensorBoard events in `root/name`; `fresh` removes those of an earlier run, whose lines would lie over these."""
     if fresh and is_first_process():
         for old in (root / name).glob("events.out.tfevents.*"):
             old.unlink()
-    return TensorBoardLogger(root, name=name, version="", default_hp_metric=False)
+    return FitLogger(root, name=name, version="", default_hp_metric=False)
 
 
 @contextmanager

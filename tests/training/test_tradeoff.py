@@ -1,0 +1,187 @@
+"""What a fit leaves behind for people, of made curves: the table, the figure and the summary say the same."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from tests.training.made_curves import (
+    DOCUMENTS,
+    FIXED,
+    RUNG_RANK,
+    RUNGS,
+    curve,
+    policies,
+    scores,
+)
+from training.compare.curves import Curve, Point
+from training.compare.figure import STYLE, Style, tradeoff_figure
+from training.compare.tradeoff import table, write_report
+from training.compare.verdict import judge
+
+MS = np.array([1.0, 2.0, 4.0, 6.0, 8.0])
+WORSE = curve("learned", [(4, 0.82), (8, 0.41), (16, 0.21), (24, 0.11)])
+BETTER = curve("learned", [(4, 0.5), (8, 0.3), (16, 0.15), (24, 0.07)])
+
+
+def report(folder: Path, curves: dict[str, Curve]) -> tuple[dict, Figure]:
+    """The summary's part that a report is made of, and the figure."""
+    found = judge(curves, RUNGS, RUNG_RANK, resamples=50, seed=0)
+    described = {"documents": {"test": DOCUMENTS}, **found.describe()}
+    summary = {"curves": table(curves, RUNG_RANK, MS), **described}
+    return summary, write_report(folder, summary)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "tradeoff.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wild(name: str, factor: float) -> Curve:
+    """KL of about `factor` times the fixed rungs', by documents that differ."""
+    each = factor + np.random.default_rng(2).normal(0, 0.05, DOCUMENTS)
+    return curve(name, [(4, 0.8 * each), (8, 0.4 * each), (16, 0.2 * each), (24, 0.1 * each)])
+
+
+def test_the_table_has_one_row_per_point_and_averages_latency_over_active_rungs():
+    curves = {"fixed": FIXED, "oracle": Curve("oracle", (Point(None, scores(12, 0.2)),))}
+    rows = table(curves, RUNG_RANK, MS)
+    assert [row["mean_rank"] for row in rows["fixed"]] == pytest.approx([4, 8, 16, 24])
+    assert [row["latency_ms"] for row in rows["fixed"]] == pytest.approx([1, 2, 4, 6])
+    (row,) = rows["oracle"]
+    expected = {"mean_rank": 12, "kl": 0.2, "latency_ms": 3, "prompt_mean_rank": 12, "perplexity": np.exp(2)}
+    assert row == pytest.approx(expected)
+    assert [row["rung"] for row in rows["fixed"]] == [0, 1, 2, 3]
+
+
+def test_the_csv_has_what_every_policy_reaches_at_the_rank_of_the_rung_it_was_aimed_at(tmp_path):
+    summary, _ = report(tmp_path, policies(wild("learned", 1.02)))
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    rows = rows_of(tmp_path)
+    for name, points in summary["curves"].items():
+        own = [row for row in rows if row["policy"] == name]
+        assert [float(row["mean_rank"]) for row in own] == [point["mean_rank"] for point in points]
+        assert [float(row["at_rank"]) for row in own] == summary["over_fixed"]["mean_rank"] == [4, 8, 16, 24]
+        assert [float(row["kl_at_rank"]) for row in own] == summary["over_fixed"]["kl"][name]
+        for row, found in zip(own, summary["over_fixed"]["at_rank"][name], strict=True):
+            read = [float(row[column]) for column in ("over_fixed", "over_fixed_low", "over_fixed_high")]
+            assert read == [found["ratio"], *found["interval_95"]]
+            assert (read[1] < read[0] < read[2]) == (name == "learned")
+    at = [summary["over_fixed"]["mean_rank"].index(rank) for rank in summary["compared_at"]]
+    for name, kl in summary["over_fixed"]["kl"].items():
+        assert [kl[i] for i in at] == summary["kl_at"][name], "the table that fit prints"
+
+
+def test_a_rung_that_is_not_reached_is_an_empty_cell(tmp_path):
+    short = curve("learned", [(10, 0.25), (12, 0.22), (16, 0.14), (24, 0.07)])
+    summary, _ = report(tmp_path, policies(short))
+    own = [row for row in rows_of(tmp_path) if row["policy"] == "learned"]
+    assert [row["over_fixed"] == row["over_fixed_low"] == row["kl_at_rank"] == "" for row in own] == [True] * 2 + [
+        False
+    ] * 2
+    assert summary["over_fixed"]["at_rank"]["learned"][:2] == [None, None]
+
+
+@pytest.mark.parametrize(("learned", "exported"), [(WORSE, "fixed"), (BETTER, "learned")])
+def test_the_figure_shows_what_is_exported_at_once(tmp_path, learned, exported):
+    summary, figure = report(tmp_path, policies(learned))
+    assert summary["exported"] == exported
+    title = figure.get_suptitle().replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
+    assert title == summary["verdict"]
+    assert title.startswith("Fixed rungs are exported" if exported == "fixed" else "The learned policy is exported")
+    kl, _ = figure.axes
+    labels = dict(zip(summary["curves"], kl.get_legend().get_texts(), strict=True))
+    for name, label in labels.items():
+        assert label.get_text() == STYLE[name].label + (" (exported)" if name == exported else "")
+        assert (label.get_fontweight() == "bold") == (name == exported)
+    for axes in figure.axes:
+        lines = dict(zip(summary["curves"], axes.lines, strict=True))
+        broad = lines.pop(exported)
+        assert broad.get_linewidth() >= 2 * max(line.get_linewidth() for line in lines.values())
+        assert broad.get_zorder() < min(line.get_zorder() for line in lines.values()), "it hides no other"
+    assert f"compared at 8, 16, 24 ({tmp_path.name}, {DOCUMENTS} documents)" in figure.get_supxlabel()
+
+
+def test_the_figures_numbers_are_the_summarys(tmp_path):
+    summary, figure = report(tmp_path, policies(wild("learned", 1.02)))
+    kl, ratio = figure.axes
+    for line, (name, rows) in zip(kl.lines, summary["curves"].items(), strict=True):
+        assert line.get_color() == STYLE[name].color
+        assert line.get_xydata().tolist() == [[row["mean_rank"], row["kl"]] for row in rows]
+    shown = zip(ratio.lines, ratio.collections, summary["over_fixed"]["at_rank"].values(), strict=True)
+    for line, bars, found in shown:
+        assert line.get_xdata() == pytest.approx(RUNG_RANK[:-1])
+        assert line.get_ydata() == pytest.approx([100 * (one["ratio"] - 1) for one in found])
+        ends = [[100 * (end - 1) for end in one["interval_95"]] for one in found]
+        assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [pytest.approx(pair) for pair in ends]
+    low, high = ratio.get_ylim()
+    assert low < -40, "the oracle halves the KL"
+    assert high > 90, "random doubles it at rank 24"
+
+
+def seen(figure: Figure, name: str) -> list[int]:
+    """Pixels of a policy's colour in each panel, the legend aside."""
+    for axes in figure.axes:
+        if axes.get_legend() is not None:
+            axes.get_legend().set_visible(False)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    of_colour = (abs(pixels - 255 * np.array(to_rgb(STYLE[name].color))) < 30).all(-1)[::-1]
+    boxes = (axes.get_window_extent() for axes in figure.axes)
+    return [int(of_colour[int(b.y0) : int(b.y1), int(b.x0) + 5 : int(b.x1)].sum()) for b in boxes]
+
+
+@pytest.mark.parametrize("exported", ["fixed", "learned"])
+def test_curves_that_lie_on_each_other_are_all_seen(tmp_path, exported):
+    """Learned, percentile and oracle on the fixed rungs' own points: nobody's marks are all hidden."""
+    points = [(4, 0.8), (8, 0.4), (16, 0.2), (24, 0.1)]
+    same = {name: curve(name, points) for name in ("percentile", "oracle")}
+    summary, _ = report(tmp_path, policies(curve("learned", points), **same))
+    figure = write_report(tmp_path, {**summary, "exported": exported})
+    for name in summary["curves"]:
+        assert min(seen(figure, name)) > 30, name
+
+
+def test_a_policy_with_one_point_is_seen(tmp_path):
+    """A mark stands for it where there is no line."""
+    summary, _ = report(tmp_path, policies(WORSE))
+    only = {**summary["curves"], "percentile": summary["curves"]["percentile"][2:3]}
+    assert seen(tradeoff_figure({**summary, "curves": only}, "run"), "percentile")[0] > 30
+
+
+def test_one_more_policy_is_one_more_entry_of_style(tmp_path, monkeypatch):
+    monkeypatch.setitem(STYLE, "capped", Style("learned, capped", "#cc79a7", "P", "log_lambda"))
+    summary, figure = report(tmp_path, {**policies(WORSE), "capped": wild("capped", 0.97)})
+    assert summary["curves"]["capped"][0]["log_lambda"] == 0
+    assert len(summary["kl_at"]["capped"]) == 3
+    assert [row["policy"] for row in rows_of(tmp_path)].count("capped") == 4
+    assert all(float(row["over_fixed"]) < 1 for row in rows_of(tmp_path) if row["policy"] == "capped")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][-1] == "learned, capped"
+    assert min(seen(figure, "capped")) > 30
+
+
+def test_where_nothing_differs_the_ratio_has_a_scale(tmp_path):
+    same = {name: Curve(name, FIXED.points) for name in ("learned", "percentile", "random", "oracle")}
+    _, figure = report(tmp_path, {"fixed": FIXED, **same})
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["-2 %", "fixed", "+2 %"]
+
+
+def test_an_adapter_that_does_nothing_has_its_figure(tmp_path):
+    """No KL has a place on a logarithmic axis, and no ratio is one of nothing."""
+    flat = {name: curve(name, [(rank, 0.0) for rank in RUNGS[:-1]]) for name in policies(WORSE)}
+    summary, _ = report(tmp_path, flat)
+    assert summary["over_fixed"]["compared"] == dict.fromkeys(flat)
+    assert summary["verdict"] == "Fixed rungs are exported: they lose nothing that can be measured"
+
+
+def test_a_rung_of_no_rank_has_its_place(tmp_path):
+    summary, _ = report(tmp_path, policies(WORSE))
+    summary["over_fixed"]["mean_rank"][0] = 0.0
+    for rows in summary["curves"].values():
+        rows[0]["mean_rank"] = 0.0
+    assert write_report(tmp_path, summary).axes[0].get_xlim()[0] < 0
