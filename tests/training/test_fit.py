@@ -22,7 +22,7 @@ from training.compare.verdict import MEASURABLE_NATS
 from training.fit import main, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-CURVES = ("fixed", "percentile", "learned", "random", "oracle")
+CURVES = ("fixed", "percentile", "learned", "random", "capped", "oracle")
 CHANGES = {"amounts.shard_documents": 1, "amounts.epochs": 6}
 
 
@@ -77,7 +77,7 @@ def test_the_summary_has_every_key_and_only_finite_numbers(fitted, case):
             assert all(math.isfinite(value) for value in row.values())
             assert 2 <= row["mean_rank"] <= 8
             assert row["kl"] >= 0
-            assert ("log_lambda" in row) == (name == "learned")
+            assert ("log_lambda" in row) == (name in ("learned", "capped"))
     low, high = summary["headroom"]["interval_95"]
     assert 0 <= low <= summary["headroom"]["nats"] <= high
     captured = summary["captured"]
@@ -105,7 +105,7 @@ def test_the_policy_loads_and_serves(fitted, case):
     assert checkpoint.policy.kind == summary_of(fitted)["exported"]
     model, tokenizer = load_model(case.model, device=torch.device("cpu")), load_tokenizer(case.model)
     arguments = {"policy": fitted / "policy", "tokenizer": tokenizer, "max_new_tokens": 8, "do_sample": False}
-    for budget in (None, 0.0, 0.5, 1.0):
+    for budget in (None, 0.25, 0.5, 1.0):
         found = generate(model, case.adapter, "Say: the rank of a page", budget=budget, **arguments)
         assert 1 <= found.tokens[0] <= 8
         assert 2 <= found.mean_rank <= 8

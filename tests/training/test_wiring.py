@@ -114,7 +114,7 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
     deciding = functools.partial(scorer.activate, keep=Keep.DECISIONS)
     patch.setattr(scorer, "activate", lambda model, plan, **_: deciding(model, plan))
 
-    def logits(run, tokens, mask, cache, keep=None):
+    def passed(run, tokens, mask, cache, kept):
         operating = cache.stream.state.operating
         rows = [row[m.bool()].tolist() for row, m in zip(tokens, mask, strict=True)] if mask is not None else []
         tape.passes.append(
@@ -127,7 +127,7 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
             return None
         return lambda _: entry.update(record=stream.columns(), prompt_tokens=stream.prompt_tokens)
 
-    around(AdaptiveRun, "logits", logits)
+    around(AdaptiveRun, "_run", passed)
 
     def measure(held_out, policy, settings, operating):
         documents = [example for scorer in held_out.scorers for example in scorer.examples]
