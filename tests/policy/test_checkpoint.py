@@ -336,6 +336,33 @@ def test_a_wrong_tensor_is_named(folder: Path, change: Callable, message: str) -
         PolicyCheckpoint.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("fixed", "scales", [1.0, 1.0, 0.0, 1.0], "scales: expected positive finite numbers"),
+        ("random", "scales", [1.0, 1.0, 1.0, 1.1], "scales: expected 1 at the top rung"),
+        ("percentile", "scales", [1.0, -1.0, 1.0, 1.0], "scales: expected positive finite numbers"),
+        ("percentile", "grid", list(range(101, 0, -1)), "grid: expected 101 ascending finite numbers"),
+        ("learned", "cost", [0.5, 0.25, 0.5, 1.0], "cost: expected 4 ascending numbers"),
+        ("learned", "feature_std", [0.0] * Summary.FEATURES, "feature_std: expected numbers above 0"),
+        ("learned", "log_lambda_spread", 0.0, "log_lambda_spread: expected numbers above 0"),
+        ("learned", "damage_unit", [1.0, -1.0, 1.0], "damage_unit: expected numbers above 0"),
+    ],
+)
+def test_tensors_that_the_constructor_would_refuse_are_refused(
+    kind: str, name: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    checkpoint(kind).save(tmp_path / "policy")
+    replace_tensors(tmp_path / "policy", lambda state: state.update({name: torch.tensor(value, dtype=torch.float32)}))
+    with pytest.raises(ValueError, match=f"policy.safetensors: tensor {message}.*, got .*; ") as caught:
+        PolicyCheckpoint.load(tmp_path / "policy")
+    assert "\n" not in str(caught.value)
+    changed = checkpoint(kind)
+    changed.policy.get_buffer(name).copy_(torch.tensor(value))
+    with pytest.raises(ValueError, match=f"policy: tensor {message}"):
+        changed.save(tmp_path / "other")
+
+
 def test_check_accepts_what_it_was_fitted_to() -> None:
     checkpoint().check(model="m-1", adapter="a-1", rungs=list(RUNGS), ladder="l-1")
     checkpoint().check(model="m-1", adapter="a-1", rungs=RUNGS)
