@@ -49,7 +49,7 @@ from .limits import (
 from .operating import Operating
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
-from .reading import Shapes, file_sha256, read_json, read_shapes, shapes_of
+from .reading import Shapes, read_json, read_shapes, shapes_of
 from .rungs import MOST_RUNGS, rung_shares, rungs_at_shares
 from .schema1 import upgrade_record, upgrade_tensors
 from .settings import FULL_KV, Settings
@@ -246,11 +246,10 @@ class PolicyCheckpoint:
         loaded = _parse(str(folder / RECORD), lambda: cls._from_record(record))
         path, policy = folder / TENSORS, loaded.policy
         _check_shapes(policy, read_shapes(path, "copy or export it again"), str(path))
-        if file_sha256(path) != record["tensors_sha256"]:
-            raise ValueError(
-                f"{path}: expected the file {RECORD} was written with, got another; export the policy again"
-            )
-        tensors = safetensors.torch.load_file(path)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
+            raise ValueError(f"{path}: expected the file {RECORD} was written with, got another; export both again")
+        tensors = safetensors.torch.load(data)
         if version == 1:
             tensors = upgrade_tensors(policy.kind, tensors)
         loaded.policy = _rebuild(policy.kind, policy.rungs, policy.config(), "cpu").eval()

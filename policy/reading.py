@@ -6,7 +6,6 @@ one name given twice. A tensor file's header gives names, shapes and dtypes whil
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,9 +83,3 @@ def read_shapes(path: Path, remedy: str) -> Shapes:
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     """The same of tensors at hand."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
