@@ -139,7 +139,18 @@ MISTAKES = {
     "policy path": lambda f: (("--policy", "/nowhere/policy"), {}),
     "empty prompt": lambda f: (("--prompt", ""), {}),
     "no tokens": lambda f: (("--max-new-tokens", "0"), {}),
-    "negative temperature": lambda f: (("--do-sample", "--temperature", "-1"), {}),
+    "more tokens than the context": lambda f: (("--max-new-tokens", "100000"), {}),
+    "more tokens than any text": lambda f: (("--max-new-tokens", str(10**30)), {}),
+    **{
+        f"temperature {value}": lambda f, value=value: (("--do-sample", "--temperature", value), {})
+        for value in ("-1", "0", "1e-320", "1e-30", "nan", "inf", "1e300")
+    },
+    **{
+        f"repetition penalty {value}": lambda f, value=value: (("--repetition-penalty", value), {})
+        for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")
+    },
+    "negative seed": lambda f: (("--do-sample", "--seed", "-1"), {}),
+    "huge seed": lambda f: (("--do-sample", "--seed", str(2**32)), {}),
 }
 
 
@@ -152,6 +163,14 @@ def test_mistake_ends_in_one_line_and_status_two(mistake, command, request):
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("temperature", ["1e-6", "1e6"])
+@pytest.mark.parametrize("penalty", ["1e-3", "1e3"])
+def test_the_ends_of_what_is_allowed_still_give_text(temperature, penalty, command):
+    status, out, err = command("--do-sample", "--temperature", temperature, "--repetition-penalty", penalty)
+    assert (status, err) == (0, "")
+    assert out.strip()
 
 
 def run_python(*arguments):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from policy import (
 from runtime import adaptive, build_ladder, export, export_policy, export_rung, load_adapter
 from runtime.export.__main__ import main
 from runtime.fingerprint import model_fingerprint
+from runtime.ladder import LadderFactors
 from runtime.ladder.adapter import CONFIG_NAME
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
@@ -232,6 +234,15 @@ def test_a_scale_is_held_against_the_dtype_that_is_written(scale, llama_adapter,
     with pytest.raises(ValueError, match=rf"scale: expected one at which {narrow} holds the update of"):
         export_rung(ladder, 4, tmp_path / "narrow", scale=scale, dtype=narrow)
     assert not (tmp_path / "narrow").exists()
+
+
+def test_an_update_is_held_against_the_dtype_too(llama_adapter, tmp_path):
+    """Both halves are within float16, what they multiply to is not."""
+    ladder = build_ladder(load_adapter(llama_adapter))
+    large = {name: LadderFactors(1e3 * f.a, 1e3 * f.b, 1e6 * f.singular_values) for name, f in ladder.modules.items()}
+    assert max(float(f.b.abs().max()) for f in large.values()) < torch.finfo(torch.float16).max
+    with pytest.raises(ValueError, match=r"scale: expected one at which torch\.float16 holds the update of"):
+        export_rung(replace(ladder, modules=large), 4, tmp_path / "rung", dtype=torch.float16)
 
 
 def test_command_writes_what_the_policy_serves(fixed_policy, llama_adapter, tmp_path, monkeypatch, capsys):
