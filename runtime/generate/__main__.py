@@ -22,7 +22,6 @@ from runtime.command import one_line_errors
 from runtime.generate import generate
 from runtime.loading import DTYPES, load_tokenizer
 
-
 # Sampling divides float32 logits by the temperature: below a millionth they would overflow, and no draw be possible.
 LIMITS: Mapping[str, Limit] = {
     "max-new-tokens": Whole(1, MOST_TOKENS),
