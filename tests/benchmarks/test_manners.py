@@ -114,7 +114,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, comma
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_window_beyond_the_models_context_is_one_line(command):
-    status, out, err = command("kv", "--window", "1025")
+def test_a_window_beyond_the_models_context_is_one_line(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.kv.windows", lambda *args: pytest.fail("work has begun"))
+    status, out, err = command("kv", "--window", "1025", "--output", tmp_path / "kv.json")
     assert (status, out) == (2, "")
     assert "error: --window: expected a whole number in [16, 1024], got 1025" in err

@@ -1,6 +1,7 @@
 """`python -m runtime.generate`: streams, ends in one JSON line, and in one line for every mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_mistake_ends_in_one_line_and_status_two(mistake, command, request):
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--temperature", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
+        *[("--repetition-penalty", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
+        *[("--max-new-tokens", value) for value in ("0", "-1", str(10**30))],
+        *[("--seed", value) for value in ("-1", str(2**32))],
+    ],
+)
+def test_a_number_beyond_its_limit_is_named_before_anything_is_read(flag, value, monkeypatch, capsys):
+    given = ["--model", "/nowhere", "--adapter", "/nowhere", "--prompt", "One day", "--do-sample", flag, value]
+    monkeypatch.setattr(sys, "argv", ["generate", *given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert re.fullmatch(rf"error: {flag[2:]}: expected a .*number in .*, got .*; correct it\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("temperature", ["1e-6", "1e6"])
