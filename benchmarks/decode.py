@@ -32,10 +32,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from policy.fixed import FixedPolicy
+from policy.limits import Whole
 from policy.operating import Operating
 from policy.percentile import PercentilePolicy
-from policy.settings import FULL_KV, KVSettings, Settings
+from policy.settings import FULL_KV, MOST_TOKENS, KVSettings, Settings
 from runtime import build_ladder, load_adapter
+from runtime.command import one_line_errors
 from runtime.control.record import RESPONSE, mean_rank
 from runtime.kv import FORMATS
 from runtime.ladder import Ladder
@@ -51,7 +53,9 @@ from .printing import (
     device_slug,
     finish,
     header,
+    parse,
     print_table,
+    result_path,
     spread,
     synchronise,
 )
@@ -221,16 +225,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds: runs of each path, each after a warm-up")
     parser.add_argument("--output", help="JSON file (default: benchmarks/results/decode-SHAPE-DEVICE.json)")
     parser.add_argument("--skip-peft", action="store_true", help="leave PEFT out, also of the gate")
-    args = parser.parse_args()
-    for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
-    return args
+    limits = {"batch": Whole(1, 2**16), "prompt-tokens": Whole(1, MOST_TOKENS), "repeats": Whole(1, 10**6)}
+    # The first new token comes with the prompt: what is timed begins with the second.
+    return parse(parser, limits | {"new-tokens": Whole(2, MOST_TOKENS)})
 
 
 def main() -> None:
-    args = arguments()
+    with one_line_errors():
+        benchmark(arguments())
+
+
+def benchmark(args: argparse.Namespace) -> None:
     device = default_device()
+    path = result_path(args.output, f"decode-{args.shape}-{device_slug(device)}")
     missing = "left out by --skip-peft" if args.skip_peft else peft_missing()
     bandwidth = copy_bandwidth(device)
     model = build_model(args.shape, getattr(torch, args.dtype), device)
@@ -271,7 +278,7 @@ def main() -> None:
         "new_tokens": args.new_tokens, "lora_rank": RANK, "copy_bytes_per_second": bandwidth,
         "floor": {str(rung): f for rung, f in floors.items()}, "gate": gate, "peft_missing": missing, "paths": results,
     }  # fmt: skip
-    finish(record, args.output, f"decode-{args.shape}-{device_slug(device)}")
+    finish(record, path)
 
 
 def rows(results: dict[str, Any], floors: dict[int, dict[str, Any]]) -> list[list[str]]:

@@ -9,6 +9,7 @@ them. It is a blunt judge of a KV policy (exact copying from compressed spans is
 error of the pages themselves. All configurations score the same tokens, so the changes are paired and carry a standard
 error. bf16 shows the bytes as served; its own rounding moves perplexity as much as int8 does, float32 tells them apart.
 
+    python -m benchmarks.kv                                             # the embedded model and its test documents
     python -m benchmarks.kv --model FOLDER --text wikitext2.test.txt
 """
 
@@ -23,20 +24,25 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from data import load_documents
 from policy.fixed import FixedPolicy
+from policy.limits import Whole
 from policy.operating import Operating
-from policy.settings import FULL_KV, PAGE_TOKENS, KVSettings, Settings
+from policy.settings import FULL_KV, MOST_TOKENS, PAGE_TOKENS, KVSettings, Settings
 from runtime import build_ladder, load_adapter, load_model, load_tokenizer
 from runtime.command import one_line_errors
 from runtime.kv import FORMATS, formats
 from runtime.ladder import Ladder
 from runtime.ladder.adapter import Adapter, LoraFactors
+from runtime.loading import context_limit
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 from runtime.reference.run import AdaptiveCache
 
-from .printing import default_device, device_slug, finish, header, print_table
+from .printing import default_device, device_slug, finish, header, parse, print_table, result_path
 
+EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints"
+DOCUMENTS = (".json", ".jsonl")
 CONFIGURATIONS = {
     "full": FULL_KV,
     "int8": KVSettings("int8", "int8"),
@@ -49,11 +55,18 @@ ROWS = 8
 """Windows scored side by side."""
 
 
+def running_text(path: Path) -> str:
+    """A text file as it is, or the documents of a `.jsonl[.xz]` one after the other."""
+    if not any(suffix in DOCUMENTS for suffix in path.suffixes):
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join(row["prompt"] + row["completion"] for row in load_documents(str(path)))
+
+
 def windows(model: str, text: Path, window: int, max_tokens: int) -> Tensor:
     """The text's first `max_tokens` tokens as whole windows [N, window]. Raises ValueError when there is not one."""
     tokenizer = load_tokenizer(model)
     # Ten characters a token is more than any text takes; no need to tokenise all of a large file.
-    raw = text.read_text(encoding="utf-8")[: 10 * max_tokens]
+    raw = running_text(text)[: 10 * max_tokens]
     ids = tokenizer(raw, add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0, :max_tokens]
     if len(ids) < window:
         raise ValueError(f"text: expected at least {window} tokens, got {len(ids)}; give a longer text or --window")
@@ -146,8 +159,11 @@ def _pages(states: Tensor) -> Tensor:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv", description="KV formats: bytes and perplexity.")
-    parser.add_argument("--model", required=True, help="folder or hub id of the base model")
-    parser.add_argument("--text", required=True, type=Path, help="text file")
+    base, text = EMBEDDED / "base", EMBEDDED / "text" / "test.jsonl.xz"
+    parser.add_argument("--model", default=str(base), help="folder or hub id of the base model (default: embedded)")
+    parser.add_argument(
+        "--text", default=text, type=Path, help="text or .jsonl[.xz] file (default: embedded documents)"
+    )
     parser.add_argument("--adapter", help="PEFT LoRA folder, served at its full rank (default: the base model alone)")
     parser.add_argument("--max-tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=1024, help="tokens scored in one go, the model's context at most")
@@ -155,20 +171,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model-name", help="name for the record (default: the folder's)")
     parser.add_argument("--text-name", help="name for the record (default: the file's)")
     parser.add_argument("--output", help="JSON file (default: benchmarks/results/kv-MODEL-DTYPE-DEVICE.json)")
-    return parser.parse_args()
+    # A window holds at least one page.
+    return parse(parser, {"max-tokens": Whole(PAGE_TOKENS, MOST_TOKENS), "window": Whole(PAGE_TOKENS, MOST_TOKENS)})
 
 
 def main() -> None:
-    args = arguments()
     with one_line_errors():
-        if not args.text.is_file():
-            raise FileNotFoundError(f"text: expected a file, got {args.text}; check the path")
-        device = default_device()
-        model = load_model(args.model, dtype=args.dtype, device=device)
-        ids = windows(args.model, args.text, args.window, args.max_tokens)
-        ladder = build_ladder(load_adapter(args.adapter)) if args.adapter else no_adapter(model)
+        benchmark(arguments())
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    if not args.text.is_file():
+        raise FileNotFoundError(f"--text: expected a file, got {args.text}; check the path")
+    device = default_device()
+    embedded = Path(args.model).resolve() == (EMBEDDED / "base").resolve()
+    model_name = args.model_name or ("embedded" if embedded else Path(args.model).name)
+    path = result_path(args.output, f"kv-{model_name}-{args.dtype}-{device_slug(device)}")
+    model = load_model(args.model, dtype=args.dtype, device=device)
+    Whole(PAGE_TOKENS, context_limit(model) or MOST_TOKENS).take("--window", args.window)
+    ids = windows(args.model, args.text, args.window, args.max_tokens)
+    ladder = build_ladder(load_adapter(args.adapter)) if args.adapter else no_adapter(model)
     rung = ladder.rungs[-1] if args.adapter else 0
-    model_name, text_name = args.model_name or Path(args.model).name, args.text_name or args.text.name
+    text_name = args.text_name or args.text.name
     adapter_name = Path(args.adapter).name if args.adapter else None
     print(f"{model_name}, adapter {adapter_name}, {text_name}: {len(ids)} windows of {args.window}, {args.dtype}")
     whole = KVSettings()
@@ -202,7 +226,7 @@ def main() -> None:
         "window_tokens": args.window, "block_tokens": Settings().block_tokens, "page_errors": errors,
         "configurations": results,
     }  # fmt: skip
-    finish(record, args.output, f"kv-{model_name}-{args.dtype}-{device_slug(device)}")
+    finish(record, path)
 
 
 def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:

@@ -14,10 +14,12 @@ import argparse
 import torch
 from torch import Tensor
 
+from policy.limits import Whole
+from runtime.command import one_line_errors
 from runtime.ladder import svd_factors
 from runtime.ladder.adapter import LoraFactors
 
-from .printing import default_device, device_slug, finish, header, print_table, seconds, spread
+from .printing import default_device, device_slug, finish, header, parse, print_table, result_path, seconds, spread
 
 REQUIRED_SPEEDUP = 20.0
 LARGEST_DIFFERENCE = 1e-4
@@ -39,15 +41,25 @@ def largest_difference(values: Tensor, reference: Tensor) -> float:
     return float(((values.double() - expected).abs() / expected).max())
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder", description="Ladder against dense SVD.")
     parser.add_argument("--size", type=int, default=4096, help="d_in and d_out of the module")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20, help="runs of the thin factorisation")
     parser.add_argument("--output", help="JSON file (default: benchmarks/results/ladder-DEVICE.json)")
-    args = parser.parse_args()
+    args = parse(parser, {"size": Whole(1, 2**16), "rank": Whole(1, 2**16), "repeats": Whole(1, 10**6)})
+    Whole(1, args.size).take("--rank", args.rank)
+    return args
 
+
+def main() -> None:
+    with one_line_errors():
+        measure(arguments())
+
+
+def measure(args: argparse.Namespace) -> None:
     device = default_device()
+    path = result_path(args.output, f"ladder-{device_slug(device)}")
     d, r = args.size, args.rank
     operations = {"dense": 22 * d**3, "thin": 16 * d * r * r + 4 * d * r * r}
     print(f"module {d} x {d}, rank {r}, float32, {header('ladder', device)['device']}")
@@ -83,7 +95,7 @@ def main() -> None:
         "thin_seconds": spread(thin), "dense_seconds": spread(dense), "speedup": speedup,
         "largest_relative_difference": difference, "passed": passed,
     }  # fmt: skip
-    finish(record, args.output, f"ladder-{device_slug(device)}")
+    finish(record, path)
     if not passed:
         raise SystemExit(1)
 

@@ -19,13 +19,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 from policy import ChunkSettings, Operating, PercentilePolicy, Settings
+from policy.limits import Whole
+from policy.settings import MOST_TOKENS
 from runtime import AdaptiveRun, build_ladder, load_adapter
+from runtime.command import one_line_errors
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 
-from .printing import default_device, device_slug, finish, header
+from .printing import default_device, device_slug, finish, header, parse, result_path
 from .shapes import write_adapter
 
+PROMPT_TOKENS = 32
 SAMPLES = 10
 PAGE_BYTES = 4096
 """Of `/proc/self/statm`, on Linux."""
@@ -59,18 +63,28 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
+    # At least two samples lie beyond the prompt.
+    return parse(parser, {"tokens": Whole(2 * PROMPT_TOKENS, MOST_TOKENS)})
+
+
+def main() -> None:
+    with one_line_errors():
+        measure(arguments())
+
+
+def measure(args: argparse.Namespace) -> None:
+    device = default_device()
+    path = result_path(args.output, f"memory-{device_slug(device)}")
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=2 * args.tokens, initializer_range=0.1,
     )  # fmt: skip
-    device = default_device()
     model = LlamaForCausalLM(config).eval().to(device)
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(model, 8, Path(folder))
@@ -80,16 +94,16 @@ def main() -> None:
     plan = RunPlan((ladder,), policy, settings, Operating.at(1.0, 1, settings.kv))
     with activate(model, plan) as run:
         watch = Watch(run, args.tokens // SAMPLES)
-        ids = torch.randint(3, 64, (1, 32), device=device)
+        ids = torch.randint(3, 64, (1, PROMPT_TOKENS), device=device)
         options = {"do_sample": True, "pad_token_id": 0, "eos_token_id": None}
-        model.generate(ids, max_new_tokens=args.tokens - 32, stopping_criteria=[watch], **options)
+        model.generate(ids, max_new_tokens=args.tokens - PROMPT_TOKENS, stopping_criteria=[watch], **options)
     first, last = watch.rows[0], watch.rows[-1]
     kind = "device_mb" if torch.cuda.is_available() else "resident_mb"
     beside = {row["tokens"]: row[kind] - row["kv_mb"] for row in watch.rows}
     growth = (beside[last["tokens"]] - beside[first["tokens"]]) * 1e6 / (last["tokens"] - first["tokens"])
     print(f"beside the KV cache: {growth:.1f} bytes a token ({kind.removesuffix('_mb')})")
     record = header("memory", device) | {"rows": watch.rows, "bytes_a_token_beside_kv": growth}
-    finish(record, args.output, f"memory-{device_slug(device)}")
+    finish(record, path)
 
 
 if __name__ == "__main__":

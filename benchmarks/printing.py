@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine they ran on, medians with their spread, a table and a JSON record.
+"""What all benchmarks share: checked arguments, the machine they ran on, medians with their spread, table and record.
 
 A speed is judged against the time the machine needs to move the bytes that any version must move, so the bandwidth is
 measured on the spot by a large copy, bytes read and bytes written both counted, and not taken from a data sheet.
@@ -6,27 +6,59 @@ measured on the spot by a large copy, bytes read and bytes written both counted,
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from policy.limits import Limit
 from runtime.loading import default_device, device_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft")
 
 __all__ = [
-    "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "print_table", "seconds",
-    "spread", "synchronise", "versions",
+    "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse", "print_table",
+    "result_path", "seconds", "spread", "synchronise", "versions",
 ]  # fmt: skip
+
+
+def parse(parser: argparse.ArgumentParser, limits: Mapping[str, Limit]) -> argparse.Namespace:
+    """The command line, every flag of `limits` (by its name without dashes) within its limit.
+
+    Raises ValueError, naming the flag, where one is not.
+    """
+    args = parser.parse_args()
+    for name, limit in limits.items():
+        limit.take(f"--{name}", getattr(args, name.replace("-", "_")))
+    return args
+
+
+def result_path(output: str | Path | None, default_name: str) -> Path:
+    """Where the record goes (default: `results/<default_name>.json`), known to be writable before any work is done.
+
+    Raises FileExistsError for a folder, or for a path beneath a file, and PermissionError where nothing may be written.
+    """
+    path = Path(output) if output else RESULTS / f"{default_name}.json"
+    if path.is_dir():
+        raise FileExistsError(f"--output: expected a file, got the folder {path}; name a file in it")
+    standing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not standing.is_dir():
+        raise FileExistsError(
+            f"--output: expected a path in a folder, got one beneath the file {standing}; choose another"
+        )
+    if not os.access(path if path.exists() else standing, os.W_OK):
+        raise PermissionError(f"--output: expected a path that may be written, got {path}; choose another")
+    return path
 
 
 def device_slug(device: torch.device) -> str:
@@ -91,9 +123,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in numbers)]).rstrip())
 
 
-def finish(record: dict[str, Any], output: str | Path | None, default_name: str) -> None:
-    """Write the record (default: `results/<default_name>.json`) and print it as the last line of stdout."""
-    path = Path(output) if output else RESULTS / f"{default_name}.json"
+def finish(record: dict[str, Any], path: Path) -> None:
+    """Write the record to a `result_path` and print it as the last line of stdout."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)

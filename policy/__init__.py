@@ -4,12 +4,14 @@ In the flow of a request (text, tokens, signals, chunker, POLICY, cross-fade gat
 is asked once per chunk, when the chunk opens. It imports no sibling: `runtime` measures the signals and acts on the
 decisions, `training` fits a policy and calibrates its knob, and both meet here.
 
+    limits      what a value may be: every field of every record here carries its own
     settings    everything about a run that is decided before its first token
     operating   what every row may spend: knob, start rung, KV policy, adapter
     contract    Summary in, Decision out, and the knob that moves a policy along its trade-off curve
     fixed, percentile, learned             policies to serve
     random, oracle                         what they are compared with
     cost, curve                            what a rung costs; which knob spends a given budget
+    reading                                files from users, read before they are believed
     checkpoint                             a policy on disk, with what it was fitted to and how well it did
 """
 

@@ -31,18 +31,34 @@ from .cost import LatencyTable
 from .curve import KnobCurve, check_budget
 from .fixed import FixedPolicy
 from .learned import LearnedPolicy
+from .limits import (
+    Choice,
+    Entries,
+    Flag,
+    Made,
+    Maybe,
+    Number,
+    Several,
+    Text,
+    check_fields,
+    limited,
+    read_record,
+    refused,
+    shown,
+)
 from .operating import Operating
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
-from .rungs import rung_shares, rungs_at_shares
-from .schema1 import upgrade
+from .reading import Shapes, read_json, read_shapes, shapes_of
+from .rungs import MOST_RUNGS, rung_shares, rungs_at_shares
+from .schema1 import upgrade_record, upgrade_tensors
 from .settings import FULL_KV, Settings
 
 SCHEMA_VERSION = 2
 TENSORS = "policy.safetensors"
 RECORD = "policy.json"
 
-KINDS: Mapping[str, Callable[..., RankPolicy]] = {
+KINDS: Mapping[str, type[RankPolicy]] = {
     FixedPolicy.kind: FixedPolicy,
     PercentilePolicy.kind: PercentilePolicy,
     LearnedPolicy.kind: LearnedPolicy,
@@ -50,7 +66,11 @@ KINDS: Mapping[str, Callable[..., RankPolicy]] = {
 }
 """Every kind that can be stored. `oracle` is not among them: a schedule fits only the tokens it was made for."""
 
-_FIELDS = ("kind", "settings", "config", "rungs", "curve", "cost", "default_budget", "latency", "fingerprints")
+_FIELDS = (
+    "kind", "settings", "config", "rungs", "curve", "cost", "default_budget", "latency", "fingerprints", "metrics",
+    "tensors_sha256",
+)  # fmt: skip
+_PRINTS = Entries({"model": Text(), "adapter": Text(), "ladder": Maybe(Text()), "shared": Flag()})
 _COST_TOLERANCE = 1e-6
 """Costs are float32 shares of bytes; a user's 8 / 48 must still reach the rung that costs it."""
 
@@ -70,37 +90,26 @@ class Fingerprints(TypedDict):
 class PolicyCheckpoint:
     """A policy with all that is needed to serve it. Raises ValueError when its parts do not fit together."""
 
-    policy: RankPolicy
-    settings: Settings
-    curve: KnobCurve | None
+    policy: RankPolicy = field(metadata=limited(Made(RankPolicy)))
+    settings: Settings = field(metadata=limited(Made(Settings)))
+    curve: KnobCurve | None = field(metadata=limited(Maybe(Made(KnobCurve))))
     """Budget to knob; None only for `fixed`, whose knob follows from `cost` directly."""
-    cost: tuple[float, ...]
+    cost: tuple[float, ...] = field(metadata=limited(Several(Number(0, 1), 1, MOST_RUNGS, ascending=True)))
     """Cost of each rung, [J], non-decreasing, 1 at the top."""
-    fingerprints: Fingerprints
-    default_budget: float = 1.0
-    latency: LatencyTable | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    fingerprints: Fingerprints = field(metadata=limited(_PRINTS))
+    default_budget: float = field(default=1.0, metadata=limited(Number(0, 1)))
+    latency: LatencyTable | None = field(default=None, metadata=limited(Maybe(Made(LatencyTable))))
+    metrics: dict[str, Any] = field(default_factory=dict, metadata=limited(Made(dict)))
 
     def __post_init__(self) -> None:
-        self.cost = tuple(float(value) for value in self.cost)
+        check_fields(self)
         count = len(self.policy.rungs)
-        ascending = list(self.cost) == sorted(self.cost)
-        if len(self.cost) != count or not ascending or self.cost[0] < 0 or self.cost[-1] != 1:
-            raise ValueError(f"cost: expected {count} ascending numbers from [0, 1] ending in 1, got {self.cost}")
+        if len(self.cost) != count or self.cost[-1] != 1:
+            raise refused("cost", f"{count} ascending numbers in [0, 1] ending in 1", self.cost)
         if self.curve is None and not isinstance(self.policy, FixedPolicy):
-            raise ValueError(f"curve: expected a calibrated knob curve for a {self.policy.kind} policy, got none")
+            raise refused("curve", f"a calibrated knob curve for a {self.policy.kind} policy", None)
         if self.latency is not None and len(self.latency.ms) != count:
-            raise ValueError(f"latency: expected {count} latencies, one per rung, got {len(self.latency.ms)}")
-        self.default_budget = check_budget(self.default_budget)
-        names: dict[str, tuple[type, ...]] = {
-            "model": (str,),
-            "adapter": (str,),
-            "ladder": (str, type(None)),
-            "shared": (bool,),
-        }
-        prints: Mapping[str, Any] = self.fingerprints
-        if set(prints) != set(names) or not all(isinstance(prints[name], names[name]) for name in names):
-            raise ValueError(f"fingerprints: expected model, adapter, ladder (or null) and shared, got {dict(prints)}")
+            raise refused("latency.ms", f"{count} latencies, one per rung", self.latency.ms)
 
     def budget_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
         """The budget meant by either argument; neither: the default. Raises ValueError for both arguments at once, a
@@ -202,7 +211,9 @@ class PolicyCheckpoint:
                 "which fits only the tokens it was made for; export the policy it was compared with"
             )
         state = {name: value.detach().cpu().contiguous() for name, value in self.policy.state_dict().items()}
-        _check_tensors(_rebuild(self.policy.kind, self.policy.rungs, self.policy.config()), state, "policy")
+        blank = _rebuild(self.policy.kind, self.policy.rungs, self.policy.config(), "meta")
+        _check_shapes(blank, shapes_of(state), "policy")
+        _check_values(self.policy, state, "policy")
         tensors = safetensors.torch.save(state, metadata={"format": "pt"})
         record = self._record(hashlib.sha256(tensors).hexdigest())
 
@@ -230,30 +241,45 @@ class PolicyCheckpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"policy: expected a folder, got {folder}, which is not one; check the path")
-        record = _read_record(folder)
-        where = str(folder / RECORD)
-        tensors = _read_tensors(folder / TENSORS)
-        _check_digest(folder / TENSORS, record["tensors_sha256"])
-        if record["schema_version"] == 1:
-            record, tensors = _parse(where, "schema 1", lambda: upgrade(record, tensors))
-        settings = _parse(where, "settings", lambda: Settings.from_dict(record["settings"]))
-        policy = _parse(where, "config", lambda: _rebuild(record["kind"], record["rungs"], record["config"]))
-        _check_tensors(policy, tensors, str(folder / TENSORS))
-        policy.load_state_dict(tensors)
+        for name in (RECORD, TENSORS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"policy: expected {RECORD} and {TENSORS} in {folder}, got no {name}; export again"
+                )
+        record = _read_record(folder / RECORD)
+        version = record["schema_version"]
+        # Everything the record says is held to its limits, and to what the tensor file says it holds, while the policy
+        # has no memory yet.
+        if version == 1:
+            record = _parse(f"{folder / RECORD}: schema 1", lambda: upgrade_record(record))
+        loaded = _parse(str(folder / RECORD), lambda: cls._from_record(record))
+        path, policy = folder / TENSORS, loaded.policy
+        _check_shapes(policy, read_shapes(path, "copy or export it again"), str(path))
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
+            raise ValueError(f"{path}: expected the file {RECORD} was written with, got another; export both again")
+        tensors = safetensors.torch.load(data)
+        if version == 1:
+            tensors = upgrade_tensors(policy.kind, tensors)
+        loaded.policy = _rebuild(policy.kind, policy.rungs, policy.config(), "cpu").eval()
+        loaded.policy.load_state_dict(tensors)
+        _check_values(loaded.policy, tensors, str(path))
+        return loaded
+
+    @classmethod
+    def _from_record(cls, record: Mapping[str, Any]) -> PolicyCheckpoint:
+        """All that the record says, with a policy on the meta device, whose tensors have shapes and no memory."""
         curve, latency = record["curve"], record["latency"]
-        return _parse(
-            where,
-            "policy",
-            lambda: cls(
-                policy=policy.eval(),
-                settings=settings,
-                curve=None if curve is None else KnobCurve(**curve),
-                cost=tuple(record["cost"]),
-                fingerprints=record["fingerprints"],
-                default_budget=record["default_budget"],
-                latency=None if latency is None else LatencyTable(**latency),
-                metrics=dict(record["metrics"]),
-            ),
+        config = Entries(KINDS[record["kind"]].CONFIG).take("config", record["config"])
+        return cls(
+            policy=_rebuild(record["kind"], record["rungs"], config, "meta"),
+            settings=Settings.from_dict(record["settings"]),
+            curve=None if curve is None else read_record(KnobCurve, curve, "curve"),
+            cost=record["cost"],
+            fingerprints=record["fingerprints"],
+            default_budget=record["default_budget"],
+            latency=None if latency is None else read_record(LatencyTable, latency, "latency"),
+            metrics=record["metrics"],
         )
 
     def _record(self, digest: str) -> str:
@@ -279,75 +305,66 @@ class PolicyCheckpoint:
         }
         try:
             return json.dumps(record, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"metrics: expected JSON values and finite numbers, got {error}; convert them") from None
 
 
-def _rebuild(kind: str, rungs: Sequence[int], config: Mapping[str, Any]) -> RankPolicy:
+def _rebuild(kind: str, rungs: Sequence[int], config: Mapping[str, Any], device: str) -> RankPolicy:
     """A policy of this kind whose tensors are still to be loaded; the random generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         return KINDS[kind](rungs, **config)
 
 
-def _parse(where: str, name: str, build: Callable[[], _Value]) -> _Value:
+def _parse(where: str, build: Callable[[], _Value]) -> _Value:
     """`build()`, with any complaint turned into one line that says where the value stands."""
     try:
         return build()
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{where}: {name}: {error}; export the policy again") from None
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    for name in (RECORD, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"policy: expected {RECORD} and {TENSORS} in {folder}, got no {name}; export again")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; export the policy again") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}; export the policy again")
+        raise ValueError(f"{where}: {error} or export the policy again") from None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path, "export the policy again")
     version = record.get("schema_version")
-    if version not in (1, SCHEMA_VERSION):
+    if type(version) is not int or version not in (1, SCHEMA_VERSION):
         raise ValueError(
-            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1), got {version!r}; "
+            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1), got {shown(version)}; "
             "export the policy with this version, or read it with the one that wrote it"
         )
-    missing = [name for name in (*_FIELDS, "metrics", "tensors_sha256") if name not in record]
+    missing = [name for name in _FIELDS if name not in record]
     if missing:
         raise ValueError(f"{path}: expected {', '.join(missing)}, got a record without; export the policy again")
-    if record["kind"] not in KINDS:
-        raise ValueError(f"{path}: expected a kind among {', '.join(KINDS)}, got {record['kind']!r}; export it again")
+    _parse(str(path), lambda: Choice(tuple(KINDS)).take("kind", record["kind"]))
     return record
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(path.read_bytes())
-    except Exception as error:  # safetensors raises its own type, KeyError or ValueError, by what is damaged.
-        raise ValueError(
-            f"{path}: expected a whole safetensors file, got one that does not parse ({error}); copy or export it again"
-        ) from None
-
-
-def _check_digest(path: Path, digest: str) -> None:
-    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise ValueError(f"{path}: expected the file {RECORD} was written with, got another; export the policy again")
-
-
-def _check_tensors(policy: RankPolicy, found: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError, naming the tensor, unless `found` is a state of `policy`: names, shapes, dtypes, finite."""
-    expected = policy.state_dict()
-    for name, tensor in expected.items():
-        wanted = f"{tuple(tensor.shape)} {tensor.dtype}"
-        if name not in found:
-            raise ValueError(f"{where}: tensor {name}: expected {wanted}, got none; export the policy again")
-        got = f"{tuple(found[name].shape)} {found[name].dtype}"
+def _check_shapes(policy: RankPolicy, found: Shapes, where: str) -> None:
+    """Raise ValueError, naming the tensor, unless `found` are those of a state of `policy`: names, shapes, dtypes."""
+    expected = shapes_of(policy.state_dict())
+    for name, wanted in expected.items():
+        got = found.get(name)
         if got != wanted:
-            raise ValueError(f"{where}: tensor {name}: expected {wanted}, got {got}; export the policy again")
-        if not bool(found[name].isfinite().all()):
-            raise ValueError(f"{where}: tensor {name}: expected finite numbers, got NaN or infinity; fit it again")
+            shape = "none" if got is None else _shape(*got)
+            raise ValueError(
+                f"{where}: tensor {name}: expected {_shape(*wanted)}, got {shape}; export the policy again"
+            )
     extra = sorted(set(found) - set(expected))
     if extra:
-        raise ValueError(f"{where}: tensor {extra[0]}: expected no such tensor, got one; export the policy again")
+        raise ValueError(
+            f"{where}: tensor {shown(extra[0])}: expected no such tensor, got one; export the policy again"
+        )
+
+
+def _shape(shape: tuple[int, ...], dtype: object) -> str:
+    return f"{shape} {dtype}"
+
+
+def _check_values(policy: RankPolicy, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError, naming the tensor, unless `state`, loaded into `policy`, is finite and what it can serve."""
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: tensor {name}: expected finite numbers, got NaN or infinity; fit it again")
+    try:
+        policy.check_tensors()
+    except ValueError as error:
+        raise ValueError(f"{where}: tensor {error} or export the policy again") from None

@@ -8,13 +8,14 @@ policy is the whole curve and every policy is calibrated and compared the same w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .limits import Entries, Limit
 from .rungs import checked_rungs
 from .settings import SIGNALS, STATS, TOKEN_SIGNALS
 
@@ -79,17 +80,21 @@ class Decision:
 class RankPolicy(nn.Module, ABC):
     """Maps summaries to decisions. Pure: the same summary and knob always give the same decision.
 
-    `rungs` are the equivalent ranks it chooses among, ascending, the last one the exact adapter.
+    `rungs` are the equivalent ranks it chooses among, ascending, the last one the exact adapter; `config` are the
+    constructor's other arguments that are JSON values. Raises ValueError for what is not within its limit.
     """
 
     kind: ClassVar[str]
     looks: ClassVar[bool] = True
     """Whether a decision depends on the summary; without, a row runs at one rung from its first token to its last."""
+    CONFIG: ClassVar[Mapping[str, Limit]] = {}
+    """Constructor arguments that are JSON values, each with its limit; tensors belong in the state dict."""
     rungs: tuple[int, ...]
 
-    def __init__(self, rungs: Sequence[int]) -> None:
+    def __init__(self, rungs: Sequence[int], **config: Any) -> None:
         super().__init__()
         self.rungs = checked_rungs(rungs)
+        self._config: dict[str, Any] = Entries(self.CONFIG).take("", config)
 
     @abstractmethod
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
@@ -99,6 +104,9 @@ class RankPolicy(nn.Module, ABC):
     def knob_range(self) -> tuple[float, float]:
         """(cheapest, dearest): knob values that give this policy's least and greatest mean cost."""
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Constructor arguments as JSON values; tensors belong in the state dict."""
+        """The constructor's arguments of `CONFIG`."""
+        return dict(self._config)
+
+    def check_tensors(self) -> None:
+        """Raise ValueError unless the tensors, which are loaded behind the constructor's back, are what it allows."""

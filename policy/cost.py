@@ -7,11 +7,15 @@ honest unit and a latency budget is refused instead of guessed.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .limits import Number, Several, Text, check_fields, limited
+from .rungs import MOST_RUNGS
+
+MILLISECONDS = Number(0, 1e9)
 
 
 def adapter_cost(rung_bytes: Tensor) -> Tensor:
@@ -35,19 +39,16 @@ def adapter_cost(rung_bytes: Tensor) -> Tensor:
 class LatencyTable:
     """Measured milliseconds per token of every rung on one device."""
 
-    device: str
-    ms: tuple[float, ...]
+    device: str = field(metadata=limited(Text()))
+    ms: tuple[float, ...] = field(metadata=limited(Several(MILLISECONDS, 1, MOST_RUNGS)))
     """Median latency of each rung, in the order of the rungs."""
-    ms_base: float
+    ms_base: float = field(metadata=limited(MILLISECONDS))
     """Median latency without adapter."""
-    spread_ms: float
+    spread_ms: float = field(metadata=limited(MILLISECONDS))
     """Noise: the spread of repeated measurements of one rung."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ms", tuple(float(value) for value in self.ms))
-        values = (*self.ms, self.ms_base, self.spread_ms)
-        if not self.ms or not all(math.isfinite(value) and value >= 0 for value in values):
-            raise ValueError(f"latency table: expected finite milliseconds of at least 0 per rung, got {values}")
+        check_fields(self, "latency")
 
     @property
     def resolved(self) -> bool:

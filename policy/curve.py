@@ -7,9 +7,12 @@ here as knots.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .limits import Number, Several, check_fields, limited, refused
+
+MOST_KNOTS = 4096
 
 
 def check_budget(budget: float) -> float:
@@ -27,22 +30,16 @@ class KnobCurve:
     Budgets ascend strictly within [0, 1]; knobs run one way, up or down (log lambda falls as the budget grows).
     """
 
-    budgets: tuple[float, ...]
-    knobs: tuple[float, ...]
+    budgets: tuple[float, ...] = field(metadata=limited(Several(Number(0, 1), 1, MOST_KNOTS, distinct=True)))
+    knobs: tuple[float, ...] = field(metadata=limited(Several(Number(-1e6, 1e6), 1, MOST_KNOTS)))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budgets", tuple(float(value) for value in self.budgets))
-        object.__setattr__(self, "knobs", tuple(float(value) for value in self.knobs))
-        if not self.budgets or len(self.budgets) != len(self.knobs):
+        check_fields(self, "curve")
+        if len(self.budgets) != len(self.knobs):
             got = f"{len(self.budgets)} and {len(self.knobs)}"
-            raise ValueError(f"curve: expected as many budgets as knobs, at least one of each, got {got}")
-        if not all(math.isfinite(knob) for knob in self.knobs):
-            raise ValueError(f"curve.knobs: expected finite numbers, got {self.knobs}")
-        inside = all(0 <= budget <= 1 for budget in self.budgets)
-        if not inside or any(b <= a for a, b in zip(self.budgets, self.budgets[1:], strict=False)):
-            raise ValueError(f"curve.budgets: expected strictly ascending numbers in [0, 1], got {self.budgets}")
+            raise ValueError(f"curve: expected as many budgets as knobs, got {got}; give one knob for each budget")
         if list(self.knobs) not in (sorted(self.knobs), sorted(self.knobs, reverse=True)):
-            raise ValueError(f"curve.knobs: expected a sequence that only rises or only falls, got {self.knobs}")
+            raise refused("curve.knobs", "numbers that only rise or only fall", self.knobs)
 
     def knob(self, budget: float) -> float:
         """The knob for `budget`; outside the knots, that of the nearest end. Raises ValueError outside [0, 1]."""

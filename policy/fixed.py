@@ -6,7 +6,7 @@ The knob is the rung's index. It is also what an export falls back to when nothi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,5 +32,5 @@ class FixedPolicy(RankPolicy):
     def knob_range(self) -> tuple[float, float]:
         return 0.0, float(len(self.rungs) - 1)
 
-    def config(self) -> dict[str, Any]:
-        return {}
+    def check_tensors(self) -> None:
+        rung_scales(len(self.rungs), self.scales)

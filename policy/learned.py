@@ -21,13 +21,14 @@ gets the top rung.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .contract import Decision, RankPolicy, Summary
+from .limits import Limit, Number, Several, Whole, refused
 
 _GROWTH = 6.0
 """|h| stays below this: one chunk's damage differs from the average by at most a factor exp(6) = 403."""
@@ -45,6 +46,11 @@ class LearnedPolicy(RankPolicy):
     """
 
     kind: ClassVar[str] = "learned"
+    CONFIG: ClassVar[Mapping[str, Limit]] = {
+        "hidden": Whole(1, 8192),
+        "scale_range": Number(0, 1, below=True),
+        "log_lambda_range": Several(Number(-40, 40), 2, 2, distinct=True),
+    }
     cost: Tensor
     feature_mean: Tensor
     feature_std: Tensor
@@ -61,23 +67,17 @@ class LearnedPolicy(RankPolicy):
         log_lambda_range: tuple[float, float] = (-14.0, 7.0),
         cost: Tensor | None = None,
     ) -> None:
-        super().__init__(rungs)
+        super().__init__(rungs, hidden=hidden, scale_range=scale_range, log_lambda_range=log_lambda_range)
         count = len(self.rungs)
         if count < 2:
             raise ValueError(f"rungs: expected at least two to choose from, got {self.rungs}; use a fixed policy")
-        if hidden < 1:
-            raise ValueError(f"hidden: expected at least 1, got {hidden!r}")
-        if not 0 <= scale_range < 1:
-            raise ValueError(f"scale_range: expected a number in [0, 1), got {scale_range!r}")
-        low, high = (float(end) for end in log_lambda_range)
-        if not -40 <= low < high <= 40:
-            raise ValueError(f"log_lambda_range: expected low < high within [-40, 40], got {(low, high)}")
-        self.hidden, self.scale_range, self.log_lambda_range = int(hidden), float(scale_range), (low, high)
+        hidden = self._config["hidden"]
+        self.scale_range: float = self._config["scale_range"]
+        self.log_lambda_range: tuple[float, float] = self._config["log_lambda_range"]
+        low, high = self.log_lambda_range
 
         ranks = torch.tensor(self.rungs, dtype=torch.float32)
-        cost = ranks / ranks[-1] if cost is None else cost.detach().to(torch.float32).clone()
-        if cost.shape != (count,) or bool((cost.diff() < 0).any()) or float(cost[0]) < 0 or float(cost[-1]) != 1:
-            raise ValueError(f"cost: expected {count} ascending numbers from [0, 1] ending in 1, got {cost.tolist()}")
+        cost = ranks / ranks[-1] if cost is None else _checked_cost(cost, count)
         self.register_buffer("cost", cost)
         self.register_buffer("feature_mean", torch.zeros(Summary.FEATURES))
         self.register_buffer("feature_std", torch.ones(Summary.FEATURES))
@@ -164,9 +164,18 @@ class LearnedPolicy(RankPolicy):
         low, high = self.log_lambda_range
         return high, low
 
-    def config(self) -> dict[str, Any]:
-        return {
-            "hidden": self.hidden,
-            "scale_range": self.scale_range,
-            "log_lambda_range": list(self.log_lambda_range),
-        }
+    def check_tensors(self) -> None:
+        _checked_cost(self.cost, len(self.rungs))
+        for name in ("feature_std", "log_lambda_spread", "damage_unit"):
+            values = self.get_buffer(name)
+            if not bool((values > 0).all()):
+                raise refused(name, "numbers above 0", values.tolist(), "fit it again")
+
+
+def _checked_cost(cost: Tensor, count: int) -> Tensor:
+    """A copy in float32. Raises ValueError unless it is [count], ascending within [0, 1], and ends in 1."""
+    cost = cost.detach().to(torch.float32).clone()
+    ascending = cost.shape == (count,) and bool(cost.isfinite().all()) and not bool((cost.diff() < 0).any())
+    if not ascending or float(cost[0]) < 0 or float(cost[-1]) != 1:
+        raise refused("cost", f"{count} ascending numbers in [0, 1] ending in 1", cost.tolist())
+    return cost

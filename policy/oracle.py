@@ -6,7 +6,7 @@ Evaluation only. It belongs to the very tokens it was made for, so it is never e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -43,6 +43,3 @@ class OraclePolicy(RankPolicy):
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, 0.0
-
-    def config(self) -> dict[str, Any]:
-        return {}

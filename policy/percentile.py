@@ -8,15 +8,16 @@ part of the band is equally likely, so `random` with the same spread is this pol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
-from .rungs import nearest_rung, rung_scales
-from .settings import SIGNALS, STATS
+from .limits import Choice, Limit, refused
+from .rungs import SPREAD, nearest_rung, rung_scales
+from .settings import SIGNALS, STATS, SignalWeights
 
 COMPLEXITY = "complexity"
 """In place of a signal's name: the mean of the known signals, weighted as in the token complexity."""
@@ -34,6 +35,11 @@ class PercentilePolicy(RankPolicy):
     """
 
     kind: ClassVar[str] = "percentile"
+    CONFIG: ClassVar[Mapping[str, Limit]] = {
+        "signal": Choice((*SIGNALS, COMPLEXITY)),
+        "spread": SPREAD,
+        "weights": SignalWeights(),
+    }
     scales: Tensor
     grid: Tensor
     weights: Tensor
@@ -47,20 +53,13 @@ class PercentilePolicy(RankPolicy):
         spread: float = 2.0,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(rungs)
-        if signal not in (*SIGNALS, COMPLEXITY):
-            raise ValueError(f"signal: expected one of {', '.join((*SIGNALS, COMPLEXITY))}, got {signal!r}")
-        if not 0 <= spread < float("inf"):
-            raise ValueError(f"spread: expected a number of rungs of at least 0, got {spread!r}")
-        grid = torch.linspace(0, 1, GRID_POINTS) if grid is None else grid.detach().to(torch.float32).clone()
-        if grid.shape != (GRID_POINTS,) or not bool(grid.isfinite().all()) or bool((grid.diff() < 0).any()):
-            raise ValueError(f"grid: expected {GRID_POINTS} ascending finite numbers, got shape {tuple(grid.shape)}")
-        self.signal = signal
-        self.spread = float(spread)
-        self.complexity_weights = {name: float((weights or {}).get(name, not weights)) for name in SIGNALS}
-        used = self.complexity_weights if signal == COMPLEXITY else {signal: 1.0}
+        weights = dict.fromkeys(SIGNALS, 1.0) if weights is None else weights
+        super().__init__(rungs, signal=signal, spread=spread, weights=weights)
+        self.signal: str = self._config["signal"]
+        self.spread: float = self._config["spread"]
+        used: Mapping[str, float] = self._config["weights"] if signal == COMPLEXITY else {signal: 1.0}
         self.register_buffer("weights", torch.tensor([used.get(name, 0.0) for name in SIGNALS]), persistent=False)
-        self.register_buffer("grid", grid)
+        self.register_buffer("grid", torch.linspace(0, 1, GRID_POINTS) if grid is None else _checked_grid(grid))
         self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     @classmethod
@@ -113,5 +112,14 @@ class PercentilePolicy(RankPolicy):
     def knob_range(self) -> tuple[float, float]:
         return -self.spread, len(self.rungs) - 1 + self.spread
 
-    def config(self) -> dict[str, Any]:
-        return {"signal": self.signal, "spread": self.spread, "weights": self.complexity_weights}
+    def check_tensors(self) -> None:
+        _checked_grid(self.grid)
+        rung_scales(len(self.rungs), self.scales)
+
+
+def _checked_grid(grid: Tensor) -> Tensor:
+    """A copy in float32. Raises ValueError unless it is [101], finite and ascending."""
+    grid = grid.detach().to(torch.float32).clone()
+    if grid.shape != (GRID_POINTS,) or not bool(grid.isfinite().all()) or bool((grid.diff() < 0).any()):
+        raise refused("grid", f"{GRID_POINTS} ascending finite numbers", grid.tolist())
+    return grid

@@ -7,14 +7,15 @@ no state and no host, and replays inside a captured graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
-from .rungs import nearest_rung, rung_scales
+from .limits import Limit, Whole
+from .rungs import SPREAD, nearest_rung, rung_scales
 
 _Number = TypeVar("_Number", int, Tensor)
 _MASK = 0xFFFFFFFF
@@ -41,14 +42,13 @@ class RandomPolicy(RankPolicy):
     """A rung uniform in [knob - spread, knob + spread], anew for every chunk. `scales` is [J], 1 at the top."""
 
     kind: ClassVar[str] = "random"
+    CONFIG: ClassVar[Mapping[str, Limit]] = {"seed": Whole(-(2**63), 2**63 - 1), "spread": SPREAD}
     scales: Tensor
 
     def __init__(self, rungs: Sequence[int], seed: int, spread: float = 2.0, scales: Tensor | None = None) -> None:
-        super().__init__(rungs)
-        if not 0 <= spread < float("inf"):
-            raise ValueError(f"spread: expected a number of rungs of at least 0, got {spread!r}")
-        self.seed = int(seed)
-        self.spread = float(spread)
+        super().__init__(rungs, seed=seed, spread=spread)
+        self.seed: int = self._config["seed"]
+        self.spread: float = self._config["spread"]
         self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
@@ -59,5 +59,5 @@ class RandomPolicy(RankPolicy):
     def knob_range(self) -> tuple[float, float]:
         return -self.spread, len(self.rungs) - 1 + self.spread
 
-    def config(self) -> dict[str, Any]:
-        return {"seed": self.seed, "spread": self.spread}
+    def check_tensors(self) -> None:
+        rung_scales(len(self.rungs), self.scales)

@@ -11,12 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .limits import Number, Several, Whole, refused
+
+LARGEST_RANK = 2**16
+MOST_RUNGS = 1024
+RUNGS = Several(Whole(0, LARGEST_RANK), 1, MOST_RUNGS, distinct=True)
+SPREAD = Number(0, MOST_RUNGS)
+"""Half the width, in rungs, of the band around a knob."""
+
 
 def checked_rungs(rungs: Sequence[int]) -> tuple[int, ...]:
     """The rungs as a tuple. Raises ValueError unless they ascend from at least 0, each once, the top above 0."""
-    found = tuple(int(rung) for rung in rungs)
-    if not found or found[0] < 0 or found[-1] == 0 or list(found) != sorted(set(found)):
-        raise ValueError(f"rungs: expected ascending ranks of at least 0, each once, got {found}; correct the list")
+    found: tuple[int, ...] = RUNGS.take("rungs", rungs)
+    if found[-1] == 0:
+        raise refused("rungs", "a top rank above 0", rungs)
     return found
 
 
@@ -58,10 +66,10 @@ def rung_scales(count: int, scales: Tensor | None) -> Tensor:
     if scales is None:
         return torch.ones(count)
     if scales.shape != (count,):
-        raise ValueError(f"scales: expected shape ({count},), one per rung, got {tuple(scales.shape)}")
+        raise ValueError(f"scales: expected shape ({count},), one per rung, got {tuple(scales.shape)}; give as many")
     scales = scales.detach().to(torch.float32).clone()
     if not bool(((scales > 0) & scales.isfinite()).all()):
-        raise ValueError(f"scales: expected positive finite numbers, got {scales.tolist()}")
+        raise refused("scales", "positive finite numbers", scales.tolist())
     if float(scales[-1]) != 1.0:
-        raise ValueError(f"scales: expected 1 at the top rung, which is exact, got {float(scales[-1])}")
+        raise refused("scales", "1 at the top rung, which is exact", float(scales[-1]))
     return scales

@@ -10,29 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .limits import Entries, Number, Several, Whole, refused, shown
+from .rungs import MOST_RUNGS, RUNGS
 from .settings import SIGNALS, STATS
 
 _SIGNALS = ("entropy", "novelty", "attention", "prior")
+_MOVED = Entries({"rungs": RUNGS, "start_rung": Whole(0, MOST_RUNGS - 1)})
+"""What was among the settings and is not any more."""
+_WEIGHTS = Several(Number(0, 1e6), len(_SIGNALS), len(_SIGNALS))
 
 
-def upgrade(record: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record and tensors of a schema 1 policy as schema 2 has them. Raises KeyError or ValueError if it is none."""
-    settings = dict(record["settings"])
-    rungs, _ = settings.pop("rungs"), settings.pop("start_rung")
-    if rungs != record["rungs"]:
-        raise ValueError(f"rungs: expected those of settings, got {record['rungs']} beside {rungs}")
-    weights = dict(zip(_SIGNALS, settings["chunk"]["weights"], strict=True))
-    settings["chunk"] = {**settings["chunk"], "weights": weights}
-    config = dict(record["config"])
+def upgrade_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a schema 1 policy as schema 2 has it. Raises ValueError if it is none."""
+    settings, config = record["settings"], record["config"]
+    if not isinstance(settings, dict) or not isinstance(settings.get("chunk"), dict) or not isinstance(config, dict):
+        raise refused("settings, settings.chunk, config", "objects", [settings, config])
+    moved = _MOVED.take("settings", {name: settings[name] for name in _MOVED.of if name in settings})
+    if list(moved["rungs"]) != record["rungs"]:
+        raise refused("rungs", f"those of settings, {shown(list(moved['rungs']))}", record["rungs"])
+    old = settings["chunk"].get("weights")
+    weights = dict(zip(_SIGNALS, _WEIGHTS.take("chunk.weights", old), strict=True))
+    kept = {name: value for name, value in settings.items() if name not in _MOVED.of}
+    settings = {**kept, "chunk": {**settings["chunk"], "weights": weights}}
     if record["kind"] == "percentile":
-        config["weights"] = weights
-    if record["kind"] == "learned":
-        tensors = _reordered(tensors)
-    return {**record, "schema_version": 2, "settings": settings, "config": config}, tensors
+        config = {**config, "weights": weights}
+    return {**record, "schema_version": 2, "settings": settings, "config": config}
 
 
-def _reordered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Feature by feature, as `Summary.features` lays them out: statistics, validity, the first token's signals."""
+def upgrade_tensors(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a schema 1 policy, of the same names and shapes, in the order of schema 2.
+
+    Feature by feature, as `Summary.features` lays them out: statistics, validity, the first token's signals.
+    """
+    if kind != "learned":
+        return tensors
     moved = [_SIGNALS.index(name) for name in SIGNALS]
     statistics = [signal * len(STATS) + stat for signal in moved for stat in range(len(STATS))]
     known = [len(_SIGNALS) * len(STATS) + signal for signal in moved]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .limits import Choice, Entries, Limit, Made, Number, Several, Whole, check_fields, limited, read_record, refused
+
 MODEL_SIGNALS = ("entropy", "attention")
 """Signals that the model puts out: known of tokens in completed blocks only."""
 
@@ -27,61 +29,73 @@ DEFAULT_RUNGS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PAGE_TOKENS = 16
 PAGE_ACTIONS = ("full", "int8", "int4", "sparse", "dropped")
 
+MOST_TOKENS = 10**9
+"""No text is longer; what counts tokens or pages and holds no memory for them goes up to here."""
 
-def _check(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}; correct this setting")
+COMPLEXITIES = Number(-1000, 1000)
+"""What a complexity may be compared with: it lies in [0, 1], and a limit far beyond is one that it never reaches."""
+
+
+@dataclass(frozen=True)
+class SignalWeights(Limit):
+    """A weight of every signal, by name; one left out counts nothing."""
+
+    least: float = 1e-6
+    """Of a weight that is not 0: the sum of the known ones divides."""
+    most: float = 1e6
+
+    def __str__(self) -> str:
+        return f"weights by name ({', '.join(SIGNALS)}), 0 or in [{self.least:g}, {self.most:g}], not all 0"
+
+    def take(self, name: str, value: Any) -> dict[str, float]:
+        given = Entries(dict.fromkeys(SIGNALS, Number(0, self.most)), complete=False).take(name, value)
+        weights = {signal: given.get(signal, 0.0) for signal in SIGNALS}
+        if not any(weights.values()) or any(0 < weight < self.least for weight in weights.values()):
+            raise refused(name, self, value)
+        return weights
 
 
 @dataclass(frozen=True)
 class SignalSettings:
     """How the four signals are measured (all causal, all in [0, 1])."""
 
-    novelty_window_tokens: int = 256
+    novelty_window_tokens: int = field(default=256, metadata=limited(Whole(1, 2**16)))
     """Rolling window in which an n-gram counts as seen before."""
-    recent_pages: int = 2
+    recent_pages: int = field(default=2, metadata=limited(Whole(1, MOST_TOKENS)))
     """Attention to these last pages (the current one included) is local; the proxy is the mass beyond them."""
-    attention_layers: int = 3
+    attention_layers: int = field(default=3, metadata=limited(Whole(1, 10_000)))
     """The proxy averages the heads of this many layers, evenly spaced, the last one included."""
-    prior_decay_tokens: int = 64
+    prior_decay_tokens: int = field(default=64, metadata=limited(Whole(1, MOST_TOKENS)))
     """The positional prior falls as exp(-i / prior_decay_tokens) over response tokens i = 0, 1, ..."""
 
     def __post_init__(self) -> None:
-        for name in ("novelty_window_tokens", "recent_pages", "attention_layers", "prior_decay_tokens"):
-            _check(getattr(self, name) >= 1, f"signals.{name}", "an integer of at least 1", getattr(self, name))
+        check_fields(self, "signals")
 
 
 @dataclass(frozen=True)
 class ChunkSettings:
     """When a chunk closes: at `max_tokens`, or from `min_tokens` on when the complexity class changes."""
 
-    min_tokens: int = 4
-    max_tokens: int = 16
-    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SIGNALS, 1.0))
+    min_tokens: int = field(default=4, metadata=limited(Whole(1, MOST_TOKENS)))
+    max_tokens: int = field(default=16, metadata=limited(Whole(1, MOST_TOKENS)))
+    weights: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(SIGNALS, 1.0), metadata=limited(SignalWeights())
+    )
     """Weight of each signal in the token complexity, by name; a signal left out counts nothing."""
-    smoothing: float = 0.5
+    smoothing: float = field(default=0.5, metadata=limited(Number(0, 1, above=True)))
     """Weight of the newest value in each signal's running mean; 1 is no smoothing."""
-    thresholds: tuple[float, ...] = (0.4, 0.6)
+    thresholds: tuple[float, ...] = field(
+        default=(0.4, 0.6), metadata=limited(Several(COMPLEXITIES, 0, 64, ascending=True))
+    )
     """Complexity at which one class ends and the next begins, ascending."""
-    hysteresis: float = 0.05
+    hysteresis: float = field(default=0.05, metadata=limited(Number(0, 1000)))
     """How far past a threshold the complexity must go before the class changes."""
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.weights, dict), "chunk.weights", f"a weight by name of {SIGNALS}", self.weights)
-        unknown = self.weights.keys() - set(SIGNALS)
-        _check(not unknown, "chunk.weights", f"names among {', '.join(SIGNALS)}", sorted(unknown))
-        weights = {name: float(self.weights.get(name, 0.0)) for name in SIGNALS}
-        object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        lengths = (self.min_tokens, self.max_tokens)
-        _check(
-            1 <= self.min_tokens <= self.max_tokens, "chunk.min_tokens, chunk.max_tokens", "1 <= min <= max", lengths
-        )
-        ok = min(weights.values()) >= 0 and sum(weights.values()) > 0
-        _check(ok, "chunk.weights", "weights >= 0 that are not all zero", weights)
-        _check(0 < self.smoothing <= 1, "chunk.smoothing", "a number in (0, 1]", self.smoothing)
-        _check(list(self.thresholds) == sorted(self.thresholds), "chunk.thresholds", "ascending", self.thresholds)
-        _check(self.hysteresis >= 0, "chunk.hysteresis", "a number of at least 0", self.hysteresis)
+        check_fields(self, "chunk")
+        if self.min_tokens > self.max_tokens:
+            expected = f"a whole number in [1, {self.max_tokens}], chunk.max_tokens"
+            raise refused("chunk.min_tokens", expected, self.min_tokens)
 
 
 @dataclass(frozen=True)
@@ -92,21 +106,16 @@ class KVSettings:
     `sparse_keep` tokens of the page that received most attention (in int8), `dropped` frees the page.
     """
 
-    hard: str = "int8"
-    easy: str = "int4"
-    threshold: float = 0.5
+    hard: str = field(default="int8", metadata=limited(Choice(PAGE_ACTIONS)))
+    easy: str = field(default="int4", metadata=limited(Choice(PAGE_ACTIONS)))
+    threshold: float = field(default=0.5, metadata=limited(COMPLEXITIES))
     """A page whose mean token complexity is at least this is hard."""
-    sink_pages: int = 1
-    window_tokens: int = 128
-    sparse_keep: int = 4
+    sink_pages: int = field(default=1, metadata=limited(Whole(0, MOST_TOKENS)))
+    window_tokens: int = field(default=128, metadata=limited(Whole(0, MOST_TOKENS)))
+    sparse_keep: int = field(default=4, metadata=limited(Whole(1, PAGE_TOKENS)))
 
     def __post_init__(self) -> None:
-        for name in ("hard", "easy"):
-            action = getattr(self, name)
-            _check(action in PAGE_ACTIONS, f"kv.{name}", f"one of {', '.join(PAGE_ACTIONS)}", action)
-        _check(self.sink_pages >= 0, "kv.sink_pages", "an integer of at least 0", self.sink_pages)
-        _check(self.window_tokens >= 0, "kv.window_tokens", "an integer of at least 0", self.window_tokens)
-        _check(1 <= self.sparse_keep <= PAGE_TOKENS, "kv.sparse_keep", f"1 to {PAGE_TOKENS}", self.sparse_keep)
+        check_fields(self, "kv")
 
     @property
     def is_full(self) -> bool:
@@ -122,32 +131,34 @@ FULL_KV = KVSettings(hard="full", easy="full")
 class Settings:
     """The whole adaptive run: blocks, fades, signals, chunks and KV pages."""
 
-    block_tokens: int = 32
+    block_tokens: int = field(default=32, metadata=limited(Whole(1, MOST_TOKENS)))
     """Tokens that one forward pass of prefill handles; signals that the model puts out are those of earlier blocks."""
-    fade_tokens: int = 1
+    fade_tokens: int = field(default=1, metadata=limited(Choice(FADES)))
     """Cross-fade length w; 1 switches hard. A fade reads both of its rungs for w tokens."""
-    signals: SignalSettings = field(default_factory=SignalSettings)
-    chunk: ChunkSettings = field(default_factory=ChunkSettings)
-    kv: KVSettings = field(default_factory=KVSettings)
+    signals: SignalSettings = field(default_factory=SignalSettings, metadata=limited(Made(SignalSettings)))
+    chunk: ChunkSettings = field(default_factory=ChunkSettings, metadata=limited(Made(ChunkSettings)))
+    kv: KVSettings = field(default_factory=KVSettings, metadata=limited(Made(KVSettings)))
 
     def __post_init__(self) -> None:
-        _check(self.block_tokens >= 1, "block_tokens", "an integer of at least 1", self.block_tokens)
-        _check(self.fade_tokens in FADES, "fade_tokens", f"one of {FADES}", self.fade_tokens)
+        check_fields(self)
         # A fade reads the rung it leaves: it must have ended before the next chunk may open.
         least = self.chunk.min_tokens
-        _check(self.fade_tokens <= least, "fade_tokens", f"at most chunk.min_tokens, {least}", self.fade_tokens)
+        if self.fade_tokens > least:
+            raise refused(
+                "fade_tokens", f"at most chunk.min_tokens, {least}", self.fade_tokens, "lower it, or raise that"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The inverse of `to_dict`. Raises ValueError for an unknown or missing setting."""
-        try:
-            parts = {"signals": SignalSettings, "chunk": ChunkSettings, "kv": KVSettings}
-            return cls(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
-        except TypeError as error:
-            raise ValueError(
-                f"settings: expected those of this version, got {error}; export the policy again"
-            ) from None
+    def from_dict(cls, values: Any) -> Settings:
+        """The inverse of `to_dict`. Raises ValueError for an unknown or missing setting, or one beyond its limit."""
+        parts: dict[str, type] = {"signals": SignalSettings, "chunk": ChunkSettings, "kv": KVSettings}
+        if isinstance(values, dict):
+            read: dict[str, Any] = {
+                name: read_record(parts[name], values[name], name) for name in parts if name in values
+            }
+            values = {**values, **read}
+        return read_record(cls, values, "settings")

@@ -4,7 +4,7 @@ One request, room by room: `generate` is the function and the command, `loading`
 every row may spend, `control` decides, `reference` runs the model and applies (`ops`), `kv` says how pages are stored.
 """
 
-from .export import export_rung
+from .export import export_policy, export_rung
 from .generate import Generation, generate
 from .ladder import Adapter, Ladder, build_ladder, load_adapter, load_ladder, open_ladder, save_ladder
 from .loading import load_model, load_tokenizer
@@ -17,6 +17,7 @@ __all__ = [
     "Ladder",
     "adaptive",
     "build_ladder",
+    "export_policy",
     "export_rung",
     "generate",
     "load_adapter",

@@ -90,7 +90,8 @@ def plan_run(
         asked_rungs = _spread(rungs, rows) if rungs is not None else [ladders[i].rungs[-1] for i in numbers]
         return static_plan(ladders, asked_rungs, numbers)
     checkpoint = policy if isinstance(policy, PolicyCheckpoint) else PolicyCheckpoint.load(policy)
-    ladders = [_ladder_for(checkpoint, source, model_fingerprint) for source in unique]
+    assert model_fingerprint is not None, "a policy is only used with a model at hand"
+    ladders = [ladder_for(checkpoint, source, model_fingerprint) for source in unique]
     if latency_budget_ms is not None:
         _check_device(checkpoint, device)
     shares: list[float | None] = [*budgets] if budgets is not None else [None]
@@ -99,9 +100,8 @@ def plan_run(
     return RunPlan(tuple(ladders), checkpoint.policy, checkpoint.settings, operating)
 
 
-def _ladder_for(checkpoint: PolicyCheckpoint, source: AdapterSource, model_fingerprint: str | None) -> Ladder:
-    """The ladder of `source` at the policy's rungs, when the policy may serve it."""
-    assert model_fingerprint is not None, "a policy is only used with a model at hand"
+def ladder_for(checkpoint: PolicyCheckpoint, source: AdapterSource, model_fingerprint: str) -> Ladder:
+    """The ladder of `source` at the policy's rungs. Raises ValueError when the policy was made for another one."""
     ladder = open_ladder(source)
     ladder = ladder.with_rungs(checkpoint.rungs_for(ladder.rungs[-1]))
     prints = {"adapter": ladder.adapter, "ladder": ladder.fingerprint}

@@ -9,15 +9,26 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from torch import Tensor
 from transformers import TextStreamer
 
+from policy.limits import Limit, Maybe, Number, Whole
+from policy.settings import MOST_TOKENS
 from runtime.command import one_line_errors
 from runtime.generate import generate
 from runtime.loading import DTYPES, load_tokenizer
+
+# Sampling divides float32 logits by the temperature: below a millionth they would overflow, and no draw be possible.
+LIMITS: Mapping[str, Limit] = {
+    "max-new-tokens": Whole(1, MOST_TOKENS),
+    "temperature": Maybe(Number(1e-6, 1e6)),
+    "repetition-penalty": Maybe(Number(1e-3, 1e3)),
+    "seed": Whole(0, 2**32 - 1),
+}
 
 
 class TimedStreamer(TextStreamer):
@@ -65,8 +76,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read
     with one_line_errors(), warnings.catch_warnings():
-        if args.max_new_tokens < 1:
-            raise ValueError(f"max-new-tokens: expected at least 1, got {args.max_new_tokens}; correct it")
+        for name, limit in LIMITS.items():
+            limit.take(name, getattr(args, name.replace("-", "_")))
         if args.temperature is not None and not args.do_sample:
             raise ValueError(f"temperature: expected --do-sample with it, got {args.temperature} alone; add it")
         transformers.set_seed(args.seed)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from policy.limits import refused
 from policy.rungs import checked_rungs
 from policy.settings import DEFAULT_RUNGS
 
@@ -43,6 +44,11 @@ class LadderFactors:
     """[R, d_out] float32"""
     singular_values: Tensor
     """[R] float32, of s·B·A, descending"""
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(x.shape) for x in (self.a, self.b, self.singular_values)]
+        if [len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes}) != 1:
+            raise refused("a, b, singular_values", "shapes [R, d_in], [R, d_out] and [R]", shapes, "save them again")
 
     @property
     def row_elements(self) -> int:
@@ -68,6 +74,18 @@ class Ladder:
     """Fingerprint of the adapter it was made of."""
     base_model: str | None = None
     """Name of the base model, where the adapter told."""
+
+    def __post_init__(self) -> None:
+        expected, found = (len(self.rungs), len(self.modules), len(BITS)), tuple(self.edges.shape)
+        if found != expected or self.edges.dtype != torch.long:
+            got = f"{found} {self.edges.dtype}"
+            raise ValueError(f"edges: expected {expected} torch.int64, [J, M, F], got {got}; save the ladder again")
+        rows = torch.tensor([len(factors.a) for factors in self.modules.values()], device=self.edges.device)
+        if bool((self.edges < 0).any() | (self.edges > rows[:, None]).any()):
+            reach = f"[{int(self.edges.min())}, {int(self.edges.max())}]"
+            raise ValueError(f"edges: expected 0 to every module's rows, got {reach}; save the ladder again")
+        if bool((self.edges.diff(dim=0) < 0).any() | (self.edges.diff(dim=2) < 0).any()):
+            raise ValueError("edges: expected none to fall from rung to rung, got some that do; save the ladder again")
 
     @property
     def rank_table(self) -> Tensor:
@@ -144,21 +162,38 @@ def build_ladder(adapter: Adapter, rungs: Sequence[int] | None = None) -> Ladder
     """Factor an adapter into its `svd` ladder (float32, on the adapter's device).
 
     `rungs` defaults to those of 2, 4, 6, 8, 12, 16, 24, 32, 48, 64 up to the adapter's rank; its own rank is always
-    the top. Raises ValueError for a rung above the adapter's rank, below 0, or named twice.
+    the top. Raises ValueError for a rung above the adapter's rank, below 0, or named twice, and for an adapter whose
+    update overflows float32.
     """
     top = adapter.rank
-    modules = {name: svd_factors(factors) for name, factors in adapter.modules.items()}
+    modules = {name: _module_factors(name, factors, adapter) for name, factors in adapter.modules.items()}
     edges, fingerprint = _prefix_edges((top,), modules), adapter_fingerprint(adapter)
     whole = Ladder(SVD, (top,), modules, edges, fingerprint, adapter.base_model)
     return whole.with_rungs(tuple(rungs) if rungs is not None else tuple(r for r in DEFAULT_RUNGS if r <= top))
 
 
+def _module_factors(name: str, factors: LoraFactors, adapter: Adapter) -> LadderFactors:
+    try:
+        return svd_factors(factors)
+    except ValueError as error:
+        raise ValueError(f"{adapter.path}: module {name}: {error}") from None
+
+
 def svd_factors(factors: LoraFactors) -> LadderFactors:
-    """Singular directions of `scale * b @ a`, from two thin QRs and an r x r SVD in float32 or better."""
+    """Singular directions of `scale * b @ a`, from two thin QRs and an r x r SVD in float32 or better.
+
+    Raises ValueError when that product overflows float32.
+    """
     dtype = torch.promote_types(factors.a.dtype, torch.float32)
     q_b, r_b = torch.linalg.qr(factors.b.to(dtype))
     q_a, r_a = torch.linalg.qr(factors.a.to(dtype).T)
-    u, s, vt = torch.linalg.svd(factors.scale * (r_b @ r_a.T), full_matrices=False)
+    core = factors.scale * (r_b @ r_a.T)
+    if not float(core.abs().amax()) <= torch.finfo(torch.float32).max / len(core):  # nor is NaN
+        raise ValueError(
+            f"expected an update within float32, got one that overflows at scale {factors.scale:g}; lower lora_alpha, "
+            "or train the adapter again"
+        )
+    u, s, vt = torch.linalg.svd(core, full_matrices=False)
     root = s.sqrt()[:, None]
     # A module narrower than its rank has fewer directions than rows: the rest are exact zeros, so that the row count
     # still equals the adapter's rank.

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -161,9 +162,19 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
 
 
 def adapted_modules(model: PreTrainedModel, ladder: Ladder) -> dict[str, nn.Module]:
-    """The linears that the ladder adapts, by name. Raises ValueError when one is missing or of another shape."""
+    """The linears that the ladder adapts, by name.
+
+    Raises ValueError when one is missing or of another shape, or when its update overflows the model's dtype.
+    """
     found: dict[str, nn.Module] = {}
+    most = torch.finfo(model.dtype).max
     for name, factors in ladder.modules.items():
+        norm = float(factors.singular_values.max())
+        if norm > most:
+            raise ValueError(
+                f"adapter: expected updates within {model.dtype}, at most {most:g}, got a norm of {norm:g} in {name}; "
+                "load the model in a wider dtype, or lower lora_alpha"
+            )
         expected = (factors.a.shape[1], factors.b.shape[1])
         try:
             linear = model.get_submodule(name)

@@ -289,7 +289,7 @@ def test_percentile_leaves_the_knob_alone_where_nothing_is_known() -> None:
         (lambda: PercentilePolicy(DEFAULT_RUNGS, "luck"), "signal: expected one of entropy, .*complexity, got 'luck'"),
         (
             lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", spread=-1),
-            "spread: expected a number of rungs of at least 0",
+            r"spread: expected a number in \[0, 1024\]",
         ),
         (
             lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", torch.ones(3)),
@@ -302,7 +302,7 @@ def test_percentile_leaves_the_knob_alone_where_nothing_is_known() -> None:
         ),
         (
             lambda: RandomPolicy(DEFAULT_RUNGS, 0, spread=float("nan")),
-            "spread: expected a number of rungs of at least 0",
+            r"spread: expected a number in \[0, 1024\]",
         ),
     ],
 )

@@ -132,10 +132,16 @@ def drop(name: str) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("rungs"), "schema 1: 'rungs'"),
-        (drop("start_rung"), "schema 1: 'start_rung'"),
-        (lambda r: r["settings"].update(rungs=[2, 32]), r"schema 1: rungs: expected those of settings, got \[2, 4"),
-        (lambda r: r["settings"]["chunk"].update(weights=[1.0]), "schema 1: .*shorter"),
+        (drop("rungs"), "schema 1: settings.rungs: expected a list .*, got none; add it"),
+        (drop("start_rung"), "schema 1: settings.start_rung: expected a whole number .*, got none; add it"),
+        (
+            lambda r: r["settings"].update(rungs=[2, 32]),
+            r"schema 1: rungs: expected those of settings, \[2, 32\], got \[2, 4",
+        ),
+        (
+            lambda r: r["settings"]["chunk"].update(weights=[1.0]),
+            r"schema 1: chunk.weights: expected a list of 4, .*, got \[1.0\]",
+        ),
     ],
 )
 def test_a_damaged_record_is_one_line(change: Callable, message: str, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Reading PEFT folders: the same update as PEFT's own, or one line that says what is wrong."""
 
 import json
+import math
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import load_adapter
+from runtime import adaptive, build_ladder, load_adapter
 from runtime.ladder.adapter import CONFIG_NAME, WEIGHTS_NAME
 
 # PEFT sorts the keys of a pattern when it saves, so only patterns in that order mean the same after loading.
@@ -211,16 +213,121 @@ def test_missing_file(copy, name):
         load_adapter(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "", "\x00"])
+@pytest.mark.parametrize("text", ["{", "", "\x00", "[]", "3", "[" * 100_000, '{"a":' * 100_000, '{"r": 8, "r": 4}'])
 def test_configuration_that_is_no_json(copy, text):
     folder = copy()
     (folder / CONFIG_NAME).write_text(text)
-    with pytest.raises(ValueError, match="expected JSON") as error:
+    with pytest.raises(ValueError, match=rf"{CONFIG_NAME}: expected (a )?JSON") as error:
         load_adapter(folder)
     assert_one_line(error)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"peft_type": "IA3"}', '{"peft_type": null}'])
+HOSTILE = [
+    math.nan, math.inf, -math.inf, -1, 0, 1.5, 8.0, True, False, None, "", "x", "8", "a\nb", [], {}, [1], {"a": 1},
+    {"(": 4}, {"[": 4}, {"q_proj": "x"}, {"q_proj": None}, {"q_proj": 2.5}, {"q_proj": math.inf}, {"q_proj": True},
+    {"q_proj": [2]}, {"(" * 3000: 2}, {"a{99999999999999999999}": 2}, {"*": 2}, 1e300, -1e300, 1e308, 10**9, 10**13,
+    10**400, [None] * 2000,
+]  # fmt: skip
+
+
+def test_any_value_in_the_place_of_any_other_is_right_or_refused_in_one_line(copy):
+    """Every key of PEFT's own file, and its values that change the numbers, replaced by anything."""
+    folder = copy()
+    text = (folder / CONFIG_NAME).read_text()
+    config, before = json.loads(text), load_adapter(folder).modules
+    assert {
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "base_model_name_or_path",
+    } <= config.keys()
+    refused = dict.fromkeys(config, 0)
+    for name, value in product(config, HOSTILE):
+        (folder / CONFIG_NAME).write_text(json.dumps(config | {name: value}))
+        loaded = loaded_or_refused(folder)
+        if isinstance(loaded, str):
+            refused[name] += 1
+            assert loaded.startswith(str(folder)), (name, value)
+            assert "\n" not in loaded
+            assert ", got " in loaded
+            assert len(loaded) < 1000
+            continue
+        scales = [factors.scale for factors in loaded.modules.values()]
+        assert all(math.isfinite(scale) for scale in scales), (name, value)
+        if name not in ("lora_alpha", "alpha_pattern", "use_rslora"):
+            assert scales == [factors.scale for factors in before.values()], (name, value)
+    # What is right: no other rank than that of the tensors, on, off or unsaid, and a pattern that names no module.
+    accepted = {name: len(HOSTILE) - count for name, count in refused.items()}
+    assert accepted["r"] == 0
+    assert accepted["use_rslora"] == 3
+    assert accepted["rank_pattern"] == len([None, {}, {"a": 1}])
+
+
+def loaded_or_refused(folder):
+    try:
+        return load_adapter(folder)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": math.nan}, "expected JSON, got NaN"),
+        ({"lora_alpha": 1e300}, r"lora_alpha: expected a number in \[-1e\+06, 1e\+06\], got 1e\+300"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number .*, got None"),
+        ({"r": None}, "r: expected a whole number .*, got None"),
+        ({"r": "x"}, "r: expected a whole number .*, got 'x'"),
+        ({"r": True}, "r: expected a whole number .*, got True"),
+        ({"rank_pattern": [1]}, r"rank_pattern: expected by regular expression .*, got \[1\]"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern: expected regular expressions, got '\('"),
+        ({"alpha_pattern": {"[": 4}}, r"alpha_pattern: expected regular expressions, got '\['"),
+        ({"rank_pattern": {"q_proj": "x"}}, r"rank_pattern\['q_proj'\]: expected a whole number .*, got 'x'"),
+        ({"alpha_pattern": {"q_proj": 1e300}}, r"alpha_pattern\['q_proj'\]: expected a number .*, got 1e\+300"),
+        ({"use_rslora": "no"}, "use_rslora: expected true or false, got 'no'"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: expected text .*, got 3"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(copy, changes, message):
+    with pytest.raises(ValueError, match=rf"{CONFIG_NAME}: {message}.*; ") as error:
+        load_adapter(copy(**changes))
+    assert_one_line(error)
+
+
+def scaled(folder, factor):
+    rewrite(folder, lambda tensors: tensors.update({name: factor * tensor for name, tensor in tensors.items()}))
+
+
+def test_an_update_that_overflows_float32_is_refused(copy):
+    folder = copy(lora_alpha=1e6)
+    scaled(folder, 1e18)
+    with pytest.raises(
+        ValueError, match=rf"{folder}: module model\.layers\.0\..*: expected an update within float32"
+    ) as error:
+        build_ladder(load_adapter(folder))
+    assert_one_line(error)
+
+
+def test_an_update_that_overflows_the_models_dtype_is_refused(copy, tiny_llama):
+    folder = copy()
+    scaled(folder, 1e3)
+    ids = torch.tensor([[5, 6, 7]])
+    with adaptive(tiny_llama, folder):
+        assert bool(tiny_llama(ids).logits.isfinite().all())
+    half = tiny_llama.half()
+    with (
+        pytest.raises(
+            ValueError, match=r"adapter: expected updates within torch\.float16, at most 65504, got"
+        ) as error,
+        adaptive(half, folder),
+    ):
+        pass
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"peft_type": "IA3"}', '{"peft_type": null}', '{"peft_type": ["LORA"]}'])
 def test_configuration_of_something_else(copy, text):
     folder = copy()
     (folder / CONFIG_NAME).write_text(text)

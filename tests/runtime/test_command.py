@@ -1,6 +1,7 @@
 """`python -m runtime.generate`: streams, ends in one JSON line, and in one line for every mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,18 @@ MISTAKES = {
     "policy path": lambda f: (("--policy", "/nowhere/policy"), {}),
     "empty prompt": lambda f: (("--prompt", ""), {}),
     "no tokens": lambda f: (("--max-new-tokens", "0"), {}),
-    "negative temperature": lambda f: (("--do-sample", "--temperature", "-1"), {}),
+    "more tokens than the context": lambda f: (("--max-new-tokens", "100000"), {}),
+    "more tokens than any text": lambda f: (("--max-new-tokens", str(10**30)), {}),
+    **{
+        f"temperature {value}": lambda f, value=value: (("--do-sample", "--temperature", value), {})
+        for value in ("-1", "0", "1e-320", "1e-30", "nan", "inf", "1e300")
+    },
+    **{
+        f"repetition penalty {value}": lambda f, value=value: (("--repetition-penalty", value), {})
+        for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")
+    },
+    "negative seed": lambda f: (("--do-sample", "--seed", "-1"), {}),
+    "huge seed": lambda f: (("--do-sample", "--seed", str(2**32)), {}),
 }
 
 
@@ -152,6 +164,31 @@ def test_mistake_ends_in_one_line_and_status_two(mistake, command, request):
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--temperature", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
+        *[("--repetition-penalty", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
+        *[("--max-new-tokens", value) for value in ("0", "-1", str(10**30))],
+        *[("--seed", value) for value in ("-1", str(2**32))],
+    ],
+)
+def test_a_number_beyond_its_limit_is_named_before_anything_is_read(flag, value, monkeypatch, capsys):
+    given = ["--model", "/nowhere", "--adapter", "/nowhere", "--prompt", "One day", "--do-sample", flag, value]
+    monkeypatch.setattr(sys, "argv", ["generate", *given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert re.fullmatch(rf"error: {flag[2:]}: expected a .*number in .*, got .*; correct it\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("temperature", ["1e-6", "1e6"])
+@pytest.mark.parametrize("penalty", ["1e-3", "1e3"])
+def test_the_ends_of_what_is_allowed_still_give_text(temperature, penalty, command):
+    status, out, err = command("--do-sample", "--temperature", temperature, "--repetition-penalty", penalty)
+    assert (status, err) == (0, "")
+    assert out.strip()
 
 
 def run_python(*arguments):

@@ -2,12 +2,26 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from runtime import adaptive, build_ladder, export, export_rung, load_adapter
+from policy import (
+    FULL_KV,
+    Fingerprints,
+    FixedPolicy,
+    KnobCurve,
+    LearnedPolicy,
+    PercentilePolicy,
+    PolicyCheckpoint,
+    RandomPolicy,
+    Settings,
+)
+from runtime import adaptive, build_ladder, export, export_policy, export_rung, load_adapter
 from runtime.export.__main__ import main
+from runtime.fingerprint import model_fingerprint
+from runtime.ladder import LadderFactors
 from runtime.ladder.adapter import CONFIG_NAME
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
@@ -131,6 +145,150 @@ def test_refusals_leave_nothing_behind(llama_adapter, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         export_rung(ladder, 4, tmp_path / "half")
     assert list(tmp_path.iterdir()) == [present]
+
+
+RUNGS, SCALES, COST = (2, 4, 6, 8), (1.3, 0.85, 1.054, 1.0), (0.25, 0.5, 0.75, 1.0)
+
+
+@pytest.fixture
+def fixed_policy(tiny_llama_factory, llama_adapter, tmp_path):
+    """`fixed_policy(**fingerprints)`: the folder of a fixed policy of `llama_adapter` with a scale at every rung."""
+
+    def make(kind=FixedPolicy, **prints):
+        ladder = build_ladder(load_adapter(llama_adapter), RUNGS)
+        own = Fingerprints(
+            model=model_fingerprint(tiny_llama_factory()),
+            adapter=ladder.adapter,
+            ladder=ladder.fingerprint,
+            shared=False,
+        )
+        policies = {
+            FixedPolicy: lambda: FixedPolicy(RUNGS, torch.tensor(SCALES)),
+            PercentilePolicy: lambda: PercentilePolicy(RUNGS, "entropy"),
+            LearnedPolicy: lambda: LearnedPolicy(RUNGS),
+            RandomPolicy: lambda: RandomPolicy(RUNGS, seed=0),
+        }
+        policy = policies[kind]()
+        curve = None if kind is FixedPolicy else KnobCurve((0.25, 1.0), policy.knob_range())
+        settings = Settings(block_tokens=8, kv=FULL_KV)
+        PolicyCheckpoint(policy, settings, curve, COST, own | prints, 0.75).save(tmp_path / "policy")
+        return tmp_path / "policy"
+
+    return make
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("budget", [None, 0.0, 0.5, 0.74, 1.0])
+def test_an_exported_policy_gives_the_logits_that_it_serves(
+    budget, uniform, fixed_policy, llama_adapter, peft_load, tiny_llama_factory, tokens, tmp_path
+):
+    folder = fixed_policy()
+    exported = export_policy(folder, llama_adapter, tmp_path / "exported", budget=budget, uniform=uniform)
+    expected = peft_logits(peft_load, tiny_llama_factory(), exported, tokens)
+    model = tiny_llama_factory()
+    with adaptive(model, llama_adapter, policy=folder, budget=budget):
+        torch.testing.assert_close(model(tokens).logits, expected, **LOGITS)
+
+
+@pytest.mark.parametrize(("budget", "index"), [(None, 2), (0.0, 0), (0.5, 1), (0.74, 1), (1.0, 3)])
+def test_the_rung_and_scale_of_a_budget_are_written(budget, index, fixed_policy, llama_adapter, tmp_path):
+    written = load_adapter(export_policy(fixed_policy(), llama_adapter, tmp_path / "exported", budget=budget))
+    plain = load_adapter(
+        export_rung(build_ladder(load_adapter(llama_adapter), RUNGS), RUNGS[index], tmp_path / "plain")
+    )
+    assert written.rank == RUNGS[index]
+    for name, factors in plain.modules.items():
+        other = written.modules[name]
+        torch.testing.assert_close(other.b @ other.a, SCALES[index] * factors.b @ factors.a, atol=1e-7, rtol=1e-5)
+
+
+def test_a_shared_policy_is_written_for_an_adapter_of_another_rank(
+    fixed_policy, make_peft_adapter, tiny_llama_factory, tmp_path
+):
+    other = make_peft_adapter(tiny_llama_factory, tmp_path / "other", r=16, seed=5)
+    written = load_adapter(export_policy(fixed_policy(shared=True), other, tmp_path / "exported"))
+    assert written.rank == 12, "the same share of 16 as 6 is of 8"
+    with pytest.raises(ValueError, match=r"rungs: expected \(2, 4, 6, 8\), got \(2, 4, 6, 8, 16\)"):
+        export_policy(fixed_policy(), other, tmp_path / "again")
+    same_rank = make_peft_adapter(tiny_llama_factory, tmp_path / "same rank", seed=6)
+    with pytest.raises(ValueError, match=r"adapter: expected fingerprint .* load the adapter the policy was fitted to"):
+        export_policy(fixed_policy(), same_rank, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e38, 1e-300, 0, -1, float("nan"), float("inf"), True, "1"])
+def test_a_scale_that_the_written_tensors_cannot_hold_is_refused(scale, llama_adapter, tmp_path):
+    with pytest.raises(ValueError, match=r"scale: expected .*, got .*; ") as error:
+        export_rung(build_ladder(load_adapter(llama_adapter)), 4, tmp_path / "rung", scale=scale)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-6])
+def test_a_scale_is_held_against_the_dtype_that_is_written(scale, llama_adapter, tmp_path):
+    ladder = build_ladder(load_adapter(llama_adapter))
+    assert all(
+        bool(f.b.any()) for f in load_adapter(export_rung(ladder, 4, tmp_path / "f32", scale=scale)).modules.values()
+    )
+    narrow = {1e6: torch.float16, 1e-6: torch.float8_e5m2}[scale]
+    with pytest.raises(ValueError, match=rf"scale: expected one at which {narrow} holds the update of"):
+        export_rung(ladder, 4, tmp_path / "narrow", scale=scale, dtype=narrow)
+    assert not (tmp_path / "narrow").exists()
+
+
+def test_an_update_is_held_against_the_dtype_too(llama_adapter, tmp_path):
+    """Both halves are within float16, what they multiply to is not."""
+    ladder = build_ladder(load_adapter(llama_adapter))
+    large = {name: LadderFactors(1e3 * f.a, 1e3 * f.b, 1e6 * f.singular_values) for name, f in ladder.modules.items()}
+    assert max(float(f.b.abs().max()) for f in large.values()) < torch.finfo(torch.float16).max
+    with pytest.raises(ValueError, match=r"scale: expected one at which torch\.float16 holds the update of"):
+        export_rung(replace(ladder, modules=large), 4, tmp_path / "rung", dtype=torch.float16)
+
+
+def test_command_writes_what_the_policy_serves(fixed_policy, llama_adapter, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rung"
+    arguments = ["--adapter", llama_adapter, "--policy", fixed_policy(), "--budget", "0.5", "--output", output]
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    main()
+    assert capsys.readouterr().out == f"rung 4 written to {output} at scale 0.85\n"
+    again = load_adapter(export_policy(tmp_path / "policy", llama_adapter, tmp_path / "again", budget=0.5))
+    for name, factors in load_adapter(output).modules.items():
+        assert torch.equal(factors.a, again.modules[name].a)
+        assert torch.equal(factors.b, again.modules[name].b)
+
+
+MISTAKES = {
+    "both": (FixedPolicy, ["--rung", "4", "--policy", "POLICY"], "rung: expected --rung or --policy, got both"),
+    "neither": (FixedPolicy, [], "rung: expected --rung or --policy, got neither"),
+    "a budget alone": (FixedPolicy, ["--rung", "4", "--budget", "0.5"], "budget: expected --policy with it"),
+    "a scale beside": (FixedPolicy, ["--policy", "POLICY", "--scale", "1.1"], "scale: expected the policy's own"),
+    "a budget beyond": (FixedPolicy, ["--policy", "POLICY", "--budget", "1.5"], "budget: expected a share"),
+    "a budget that is none": (FixedPolicy, ["--policy", "POLICY", "--budget", "nan"], "budget: expected a share"),
+    "no policy": (FixedPolicy, ["--policy", "/nowhere"], "policy: expected a folder"),
+    "percentile": (
+        PercentilePolicy,
+        ["--policy", "POLICY"],
+        "policy: expected a fixed one, got percentile, which mixes",
+    ),
+    "learned": (LearnedPolicy, ["--policy", "POLICY"], "policy: expected a fixed one, got learned, which mixes"),
+    "random": (RandomPolicy, ["--policy", "POLICY"], "policy: expected a fixed one, got random, which mixes"),
+    "a scale that overflows": (FixedPolicy, ["--rung", "4", "--scale", "1e300"], "scale: expected"),
+}
+
+
+@pytest.mark.parametrize(("kind", "more", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_command_ends_in_one_line_for_what_does_not_fit(
+    kind, more, message, fixed_policy, llama_adapter, tmp_path, monkeypatch, capsys
+):
+    folder, output = fixed_policy(kind), tmp_path / "rung"
+    given = [str(folder) if argument == "POLICY" else argument for argument in more]
+    monkeypatch.setattr(sys, "argv", ["export", "--adapter", str(llama_adapter), "--output", str(output), *given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    found = capsys.readouterr().err
+    assert found.startswith(f"error: {message}")
+    assert found.count("\n") == 1
+    assert not output.exists()
 
 
 def test_command_writes_the_rung(llama_adapter, tmp_path, monkeypatch, capsys):
