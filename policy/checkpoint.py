@@ -110,6 +110,7 @@ class PolicyCheckpoint:
             raise refused("curve", f"a calibrated knob curve for a {self.policy.kind} policy", None)
         if self.latency is not None and len(self.latency.ms) != count:
             raise refused("latency.ms", f"{count} latencies, one per rung", self.latency.ms)
+        self._check_affordable("default_budget", self.default_budget)
 
     def budget_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
         """The budget meant by either argument; neither: the default. Raises ValueError for both arguments at once, a
@@ -148,13 +149,8 @@ class PolicyCheckpoint:
         the text. A budget of 1 is the exact adapter with full-precision KV. Raises ValueError for a budget outside
         [0, 1] or below what the smallest rung costs.
         """
-        least = self.cost[0]
         for budget in budgets:
-            if check_budget(budget) < least - _COST_TOLERANCE:
-                raise ValueError(
-                    f"budget: expected at least {least:.6g}, which the smallest rung {self.policy.rungs[0]} costs, got "
-                    f"{budget!r}; raise it, or fit a policy with a lower rung"
-                )
+            self._check_affordable("budget", budget)
         return Operating.at(
             torch.tensor([self.knob_for(budget) for budget in budgets]),
             torch.tensor([self.rung_for(budget) for budget in budgets]),
@@ -162,6 +158,11 @@ class PolicyCheckpoint:
             torch.tensor(adapters),
             torch.tensor(budgets, dtype=torch.float64),
         )
+
+    def _check_affordable(self, name: str, budget: float) -> None:
+        if check_budget(budget) < self.cost[0] - _COST_TOLERANCE:
+            least = f"at least {self.cost[0]:.6g}, which the smallest rung {self.policy.rungs[0]} costs"
+            raise refused(name, least, budget, "raise it, or fit a policy with a lower rung")
 
     def rungs_for(self, rank: int) -> tuple[int, ...]:
         """The rungs of an adapter of `rank`: the policy's own, or for a `shared` policy the same shares of `rank`.

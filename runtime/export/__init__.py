@@ -42,7 +42,7 @@ def served_rung(
             f"policy: expected a fixed one, got {checkpoint.policy.kind}, which mixes rungs within a text; write one "
             "rung of the adapter with --rung, or serve the policy with runtime.generate"
         )
-    index = checkpoint.rung_for(checkpoint.budget_for(budget))
+    index = int(checkpoint.operating([checkpoint.budget_for(budget)], [0]).start_rung)
     # The model is the server's business; that the adapter and its rungs are the policy's own is checked.
     ladder = ladder_for(checkpoint, adapter, checkpoint.fingerprints["model"])
     return ladder, ladder.rungs[index], float(checkpoint.policy.scales[index])

@@ -67,7 +67,7 @@ def still_serves(loaded: PolicyCheckpoint) -> bool:
         torch.rand(3, 4, 3, generator=generator), torch.ones(3, 4).bool(), torch.rand(3, 2, generator=generator),
         torch.arange(3),
     )  # fmt: skip
-    rows = loaded.operating([0.0, 0.5, 1.0], [0, 0, 0])
+    rows = loaded.operating([loaded.cost[0], max(0.5, loaded.cost[0]), 1.0], [0, 0, 0])
     decision = loaded.policy.decide(summary, rows.knob)
     inside = (decision.rung >= 0) & (decision.rung < len(loaded.policy.rungs))
     return bool((inside & decision.scale.isfinite() & rows.knob.isfinite()).all())

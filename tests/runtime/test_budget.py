@@ -1,5 +1,7 @@
 """A served budget is a promise about bytes, whatever the text: what rows read of their adapter, token by token."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -185,3 +187,8 @@ def test_a_static_rung_takes_whole_prompts_whatever_the_policys_block(tiny_llama
         run._forward = lambda **inputs: calls.append(inputs["input_ids"].shape[1]) or forward(**inputs)
         tiny_llama(prompt)
     assert calls == [40]
+
+
+def test_a_default_budget_that_pays_for_no_rung_is_refused(make_policy):
+    with pytest.raises(ValueError, match=r"default_budget: expected at least 0\.25, which the smallest rung 2 costs"):
+        dataclasses.replace(make_policy(FixedPolicy(RUNGS)), default_budget=0.1)

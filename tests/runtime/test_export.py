@@ -178,7 +178,7 @@ def fixed_policy(tiny_llama_factory, llama_adapter, tmp_path):
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("budget", [None, 0.0, 0.5, 0.74, 1.0])
+@pytest.mark.parametrize("budget", [None, 0.25, 0.5, 0.74, 1.0])
 def test_an_exported_policy_gives_the_logits_that_it_serves(
     budget, uniform, fixed_policy, llama_adapter, peft_load, tiny_llama_factory, tokens, tmp_path
 ):
@@ -190,7 +190,7 @@ def test_an_exported_policy_gives_the_logits_that_it_serves(
         torch.testing.assert_close(model(tokens).logits, expected, **LOGITS)
 
 
-@pytest.mark.parametrize(("budget", "index"), [(None, 2), (0.0, 0), (0.5, 1), (0.74, 1), (1.0, 3)])
+@pytest.mark.parametrize(("budget", "index"), [(None, 2), (0.25, 0), (0.5, 1), (0.74, 1), (1.0, 3)])
 def test_the_rung_and_scale_of_a_budget_are_written(budget, index, fixed_policy, llama_adapter, tmp_path):
     written = load_adapter(export_policy(fixed_policy(), llama_adapter, tmp_path / "exported", budget=budget))
     plain = load_adapter(
