@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import auc
 
+from ..progress import with_progress
 from .curves import Curve, rank_and_kl
 
 VERDICT_RANKS = (8, 16, 24)
@@ -87,7 +88,8 @@ def judge(
         return Verdict((), kl, 0.0, none, None, None, 0.0, none, "fixed", "no policy's curve reaches a fixed rung")
     indices = [columns[rank] for rank in ranks]
     gain, headroom = _gain_and_headroom(curves, indices, rung_rank, None)
-    draws = [_gain_and_headroom(curves, indices, rung_rank, d) for d in _resamples(curves, resamples, seed)]
+    drawn = with_progress(_resamples(curves, resamples, seed), "resampled documents", resamples)
+    draws = [_gain_and_headroom(curves, indices, rung_rank, documents) for documents in drawn]
     gains, rooms = (np.array(column) for column in zip(*draws, strict=True))
     headroom_interval, gain_interval = _interval(rooms), _interval(gains)
     captured, captured_interval = None, None
