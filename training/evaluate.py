@@ -9,6 +9,11 @@ of rows at a time.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from .start import prepare, run
+
+    prepare()
+
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +32,10 @@ from runtime.loading import load_model, load_tokenizer
 from runtime.plan import RunPlan, plan_run
 
 from .compare.scorer import Scorer
-from .console import command_line, quiet_libraries
+from .console import CommandParser, command_line, quiet_libraries
 from .documents import Example, check_context, load_split
 from .fit import EMBEDDED
+from .threads import share_threads
 
 ROWS = 8
 """Documents per forward, at most."""
@@ -168,7 +174,9 @@ def _table(found: Sequence[Evaluation]) -> Table:
 
 def make_parser() -> ArgumentParser:
     """Flags are `evaluate`'s arguments; `--config FILE` reads them from YAML, `--print_config` writes them."""
-    parser = ArgumentParser(prog="python -m training.evaluate", description="Perplexity through the adaptive forward.")
+    parser = CommandParser(
+        prog="python -m training.evaluate", description="Perplexity through the adaptive forward.", allow_abbrev=True
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
     parser.add_function_arguments(evaluate)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -176,11 +184,12 @@ def make_parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parsed = make_parser().parse_args(command_line(arguments)).as_dict()
-    parsed.pop("config", None)
-    as_json = parsed.pop("json")
-    quiet_libraries()
     with one_line_errors():
+        parsed = make_parser().parse_args(command_line(arguments)).as_dict()
+        parsed.pop("config", None)
+        as_json = parsed.pop("json")
+        quiet_libraries()
+        share_threads(processes=1)
         found = evaluate(**parsed)
         Console().print(_table(found))
         if as_json:
@@ -188,4 +197,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

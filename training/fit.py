@@ -6,9 +6,13 @@ output folder reuses the collected targets; a killed one goes on where it stoppe
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from .start import prepare, run
+
+    prepare()
+
 import functools
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +24,7 @@ import lightning as L
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from policy.checkpoint import Fingerprints, PolicyCheckpoint
@@ -33,15 +38,18 @@ from runtime.ladder import Ladder, open_ladder, save_ladder
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
 
 from .amounts import Amounts
+from .closing import next_commands
 from .compare.latency import measure_latency
 from .compare.tradeoff import log_report, table, write_report
 from .compare.verdict import Verdict, areas, judge
-from .console import command_line, is_first_process, quiet_libraries
+from .console import CommandParser, command_line, is_first_process, quiet_libraries
 from .documents import check_context
 from .learn.train import new_logger, quiet_lightning
+from .lock import locked
 from .pipeline import Comparison, collect_targets, compare_policies, open_tasks, train_policy
 from .targets.paths import Calibrated
 from .task import AdapterTask, FitContext, common_rungs, rung_rank, task_cost
+from .threads import share_threads
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints"
 LIBRARIES = ("torch", "lightning", "transformers", "datasets", "scikit-learn", "safetensors", "tensorboard")
@@ -82,19 +90,29 @@ def fit(
         kv: What becomes of old KV pages; the threshold is set from the data.
         trainer: Arguments of lightning's Trainer (--trainer.devices 2, --trainer.accelerator cpu, ...).
     """
-    started = time.time()
     torch.set_float32_matmul_precision("highest")
     L.seed_everything(seed, verbose=False)
     adapters, datasets = _pairs(adapter, dataset)
-    folder = Path(output or Path("runs") / _run_name(adapters))
-    _check_folder(folder)
+    folder = Path("runs") / _run_name(adapters) if output is None else Path(output)
+    _check_folder(folder, output)
     settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv)
+    share_threads(_checked_trainer(folder, trainer or {}).num_devices)
+    with locked(folder, _say):
+        return _fit_into(folder, model, adapters, datasets, rungs, seed, dtype, settings, amounts, trainer or {})
+
+
+def _fit_into(
+    folder: Path, model: str, adapters: list[str], datasets: list[str], rungs: list[int] | None, seed: int, dtype: str,
+    settings: Settings, amounts: Amounts, trainer: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Walk through the stages of `pipeline` and write down what they found."""
+    started = time.time()
     ladders = _ladders(adapters, rungs)
     network = load_model(model, dtype=dtype, device=_device(trainer))
     check_context(network, amounts.max_tokens, "amounts.max_tokens")
     context = FitContext(
         model=network, model_fingerprint=model_fingerprint(network), amounts=amounts, seed=seed, root=folder,
-        make_trainer=functools.partial(_make_trainer, folder, trainer or {}), say=_say,
+        make_trainer=functools.partial(_make_trainer, folder, trainer), say=_say,
     )  # fmt: skip
     tasks = open_tasks(adapters, ladders, datasets, load_tokenizer(model), amounts, seed)
     _introduce(context, tasks)
@@ -131,15 +149,16 @@ def fit(
     figure = write_report(folder, summary)
     # TensorBoard shows the first five by name; what is rarely changed sorts behind as settings.*.
     params = {
-        "adapter": _tail(adapters[0]), "block_tokens": block_tokens, "dataset": _tail(datasets[0]),
-        "fade_tokens": fade_tokens, "model": _tail(model), "rungs": list(common_rungs(tasks)), "seed": seed,
+        "adapter": _tail(adapters[0]), "block_tokens": settings.block_tokens, "dataset": _tail(datasets[0]),
+        "fade_tokens": settings.fade_tokens, "model": _tail(model), "rungs": list(common_rungs(tasks)), "seed": seed,
         "settings": {
-            "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(signals), "chunk": asdict(chunk),
-            "kv": asdict(kv),
+            "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(settings.signals),
+            "chunk": asdict(settings.chunk), "kv": asdict(settings.kv),
         },
     }  # fmt: skip
     log_report(new_logger(folder, "", fresh=True), figure, summary, params)
     _print_verdict(summary, folder)
+    print(*next_commands(model, adapters, folder / "policy", dtype, verdict.exported), sep="\n", flush=True)
     return summary
 
 
@@ -187,11 +206,13 @@ def _tail(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def _device(trainer: dict[str, Any] | None) -> torch.device:
-    return torch.device("cpu") if (trainer or {}).get("accelerator") == "cpu" else default_device()
+def _device(trainer: dict[str, Any]) -> torch.device:
+    return torch.device("cpu") if trainer.get("accelerator") == "cpu" else default_device()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, given: str | None) -> None:
+    if given is not None and not given.strip():
+        raise ValueError(f"output: expected a folder, got {given!r}; leave it out for {Path('runs')}/NAME-OF-ADAPTER")
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"output: expected a folder, got the file {path}; choose another path")
@@ -206,8 +227,16 @@ def _run_name(adapters: Sequence[str]) -> str:
 
 def _make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.Trainer:
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": folder}
-    progress = {"enable_progress_bar": sys.stdout.isatty()}
-    return L.Trainer(**{**quiet, **progress, **options, **arguments})
+    bars = {"enable_progress_bar": False}  # ours are shorter, alike in every stage, and gone at its end
+    return L.Trainer(**{**quiet, **bars, **options, **arguments})
+
+
+def _checked_trainer(folder: Path, arguments: dict[str, Any]) -> L.Trainer:
+    """A trainer made before the work, of which there is one for every stage: Lightning checks its arguments."""
+    try:
+        return _make_trainer(folder, arguments, logger=False)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(f"trainer: {error}") from None
 
 
 def _latency(context: FitContext, task: AdapterTask) -> LatencyTable:
@@ -305,7 +334,9 @@ def _print_verdict(summary: dict[str, Any], folder: Path) -> None:
 
 def make_parser() -> ArgumentParser:
     """Flags are `fit`'s arguments; `--config FILE` reads them from YAML, `--print_config` writes them."""
-    parser = ArgumentParser(prog="python -m training.fit", description="Learn a rank policy for a LoRA adapter.")
+    parser = CommandParser(
+        prog="python -m training.fit", description="Learn a rank policy for a LoRA adapter.", allow_abbrev=True
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
     parser.add_function_arguments(fit, skip={"trainer"})
     owned = {
@@ -317,9 +348,10 @@ def make_parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    parsed: Namespace = parser.parse_args(command_line(arguments))
-    with one_line_errors(), quiet_lightning():
+    resume = "the same command goes on where it stopped"
+    with one_line_errors(afterwards=resume, first=is_first_process()), quiet_lightning():
+        parser = make_parser()
+        parsed: Namespace = parser.parse_args(command_line(arguments))
         given = parser.instantiate(parsed)  # builds the settings, which check themselves
         trainer = {k: v for k, v in vars(given.pop("trainer")).items() if v is not None}
         given.pop("config", None)
@@ -328,4 +360,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

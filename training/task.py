@@ -102,7 +102,7 @@ class FitContext:
             measured = measure(groups[index], index)
             return {f"{field}.{i}": t for field, values in measured.items() for i, t in enumerate(values)}
 
-        made = collect_shards(store, one, self.model, self.make_trainer)
+        made = collect_shards(store, one, self.model, self.make_trainer, name)
         self.say(f"{name}: {len(groups) - made} of {len(groups)} shards reused, {made} collected")
         found: dict[str, list[Tensor]] = {}
         for index, group in enumerate(groups):

@@ -1,6 +1,5 @@
 """`python -m training.evaluate`: its perplexity is PEFT's, and it is reported token by token and in blocks."""
 
-import io
 import json
 import math
 import random
@@ -8,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
 import training.documents
 from policy import FixedPolicy, KnobCurve, Operating, PercentilePolicy, PolicyCheckpoint, Settings
@@ -20,7 +18,6 @@ from runtime.reference.adaptive import activate
 from training.amounts import Amounts
 from training.documents import batches, load_corpus
 from training.evaluate import evaluate, load_examples, main, measure_perplexity
-from training.progress import with_progress
 
 
 @pytest.fixture(autouse=True)
@@ -283,17 +280,6 @@ def test_bad_input_ends_in_one_line(change, says, arguments, capsys):
     assert caught.value.code == 2
     assert len(errors.strip().splitlines()) == 1, errors
     assert says in errors
-
-
-@pytest.mark.parametrize(("patience_seconds", "terminal"), [(2.0, True), (-1.0, False), (-1.0, True)])
-def test_a_bar_appears_after_two_seconds_on_a_terminal(monkeypatch, patience_seconds, terminal):
-    shown = io.StringIO()
-    console = Console(file=shown, force_terminal=terminal)
-    monkeypatch.setattr("training.progress.Console", lambda **_: console)
-    monkeypatch.setattr("training.progress.PATIENCE_SECONDS", patience_seconds)
-    assert list(with_progress([1, 2, 3], "block 1", 3)) == [1, 2, 3]
-    assert ("block 1" in shown.getvalue()) == (patience_seconds < 0 and terminal)
-    assert bool(shown.getvalue()) == (patience_seconds < 0 and terminal)
 
 
 def test_batches_cover_the_documents(examples):

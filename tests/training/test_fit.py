@@ -174,8 +174,22 @@ def finish_line(output: Path, stage: str) -> bool:
     return any(output.glob("checkpoints/round-1-*/last/checkpoint.json"))
 
 
-@pytest.mark.parametrize("stage", ["targets", "training"])
-def test_killed_half_way_and_run_again_it_ends_as_if_nothing_had_happened(fitted, case, tmp_path, stage):
+STOPPED = "; the same command goes on where it stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "status", "says"),
+    [
+        ("targets", signal.SIGKILL, -signal.SIGKILL, ""),
+        ("targets", signal.SIGTERM, 143, f"terminated{STOPPED}"),
+        ("targets", signal.SIGINT, 130, f"interrupted{STOPPED}"),
+        ("training", signal.SIGTERM, 143, f"terminated{STOPPED}"),
+    ],
+    ids=["targets-kill", "targets-term", "targets-int", "training-term"],
+)
+def test_stopped_half_way_and_run_again_it_ends_as_if_nothing_had_happened(
+    fitted, case, tmp_path, stage, number, status, says
+):
     arguments = case.arguments(tmp_path / "out", **CHANGES)
     # Sums in fp32 depend on the number of threads.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -186,9 +200,11 @@ def test_killed_half_way_and_run_again_it_ends_as_if_nothing_had_happened(fitted
     deadline = time.monotonic() + 120
     while not finish_line(tmp_path / "out", stage) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
+    sent = time.monotonic()
     _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert time.monotonic() - sent < 5
+    assert (process.returncode, errors.decode()) == (status, says)
     assert not (tmp_path / "out" / "summary.json").exists()
     left = shards(tmp_path / "out")
     assert 0 < len(left) < len(shards(fitted))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..progress import with_progress
 from .curves import Curve, rank_and_kl
 
 Interval = tuple[float, float]
@@ -35,7 +36,8 @@ class EqualRank:
 
 def at_equal_rank(curves: dict[str, Curve], rung_rank: np.ndarray, *, resamples: int, seed: int) -> EqualRank:
     """Read `curves`, of which `fixed` has a point per rung but the top, as measured and on resampled documents."""
-    draws = [_read(curves, rung_rank, draw) for draw in _resamples(curves["fixed"], resamples, seed)]
+    resampled = with_progress(_resamples(curves["fixed"], resamples, seed), "resampled documents", resamples)
+    draws = [_read(curves, rung_rank, draw) for draw in resampled]
     drawn = {name: np.stack([draw[name] for draw in draws]) for name in curves}
     return EqualRank(rung_rank[:-1], _read(curves, rung_rank, None), drawn)
 

@@ -20,6 +20,7 @@ from policy.operating import Operating
 from runtime.plan import RunPlan
 
 from ..console import is_first_process
+from ..progress import BatchBar
 from ..targets.damage import Trajectory
 from ..targets.paths import Calibrated, collect_paths
 from ..targets.samples import Samples, document_samples
@@ -122,7 +123,7 @@ def train_round(
     keep = ModelCheckpoint(dirpath=folder, filename="last", save_top_k=1, enable_version_counter=False)
     keep.FILE_EXTENSION = ""
     trainer = context.make_trainer(
-        callbacks=[keep],
+        callbacks=[keep, BatchBar(f"training round {number}")],
         logger=logger,
         max_epochs=amounts.epochs,
         log_every_n_steps=1,

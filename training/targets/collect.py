@@ -6,6 +6,7 @@ the shard it was working on, and a later run with another world size goes on wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import lightning as L
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from runtime.loading import place
 
+from ..progress import Advance, progress_bar
 from .shards import ShardStore
 
 NOTHING = -1
@@ -28,9 +30,9 @@ class _Collector(L.LightningModule):
     The model is no submodule: Lightning would move it back to the CPU at the end, and may not move a quantised one.
     """
 
-    def __init__(self, store: ShardStore, collect: Collect, model: PreTrainedModel) -> None:
+    def __init__(self, store: ShardStore, collect: Collect, model: PreTrainedModel, advance: Advance) -> None:
         super().__init__()
-        self.store, self.collect, self._model = store, collect, [model]
+        self.store, self.collect, self._model, self.advance = store, collect, [model], advance
 
     def on_predict_start(self) -> None:
         place(self._model[0], self.device)
@@ -39,13 +41,18 @@ class _Collector(L.LightningModule):
         index = int(batch)
         if index != NOTHING:
             self.store.write(index, self.collect(index))
+        self.advance(1)
         return index
 
 
 def collect_shards(
-    store: ShardStore, collect: Collect, model: PreTrainedModel, make_trainer: Callable[..., L.Trainer]
+    store: ShardStore,
+    collect: Collect,
+    model: PreTrainedModel,
+    make_trainer: Callable[..., L.Trainer],
+    name: str = "targets",
 ) -> int:
-    """Make every missing shard by `collect(index)` and return how many were missing.
+    """Make every missing shard by `collect(index)` and return how many were missing; `name` is that of the bar.
 
     `make_trainer(logger=False)` builds the trainer whose devices share the work.
     """
@@ -55,6 +62,8 @@ def collect_shards(
         # Lightning wants a step for every process; where shards are fewer, the rest have nothing to do.
         work = missing + [NOTHING] * (trainer.world_size - len(missing))
         shards: DataLoader[int] = DataLoader(work, batch_size=None)  # type: ignore[arg-type]  # a list will do
-        trainer.predict(_Collector(store, collect, model), shards, return_predictions=False)
+        share = math.ceil(len(work) / trainer.world_size)
+        with progress_bar(name, share) as advance:
+            trainer.predict(_Collector(store, collect, model, advance), shards, return_predictions=False)
         trainer.strategy.barrier("shards")
     return len(missing)
