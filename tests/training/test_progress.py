@@ -48,7 +48,7 @@ def test_every_stage_of_a_fit_has_a_bar(bars):
     assert [bar.name for bar in bars] == [
         "latency of every rung", "tables", "trajectory-uncalibrated", "trajectory-full", "later damage",
         "training round 0", "trajectory-own-1", "training round 1", "percentile signals", "fixed on test", *movers,
-        "tables-test", "trajectory-test", "oracle on test", "resampled documents",
+        "learned, capped, on test", "tables-test", "trajectory-test", "oracle on test", "resampled documents",
     ]  # fmt: skip
 
 
