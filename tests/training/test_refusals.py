@@ -1,5 +1,6 @@
 """What is wrong with a command line or a configuration file is one line and status 2, before anything is loaded."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import training.evaluate
 import training.fit
-from training.amounts import BOUNDS, Amounts
+from policy.limits import limits_of
+from training.amounts import Amounts
 from training.console import plain
 
 COMMANDS = {"fit": training.fit.main, "evaluate": training.evaluate.main}
@@ -29,15 +31,18 @@ def refused(main, arguments, capsys) -> str:
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--amounts.learning_rate=1e309", "amounts.learning_rate: expected a number above 0 and up to 1, got inf"),
-        ("--amounts.learning_rate=-1", "amounts.learning_rate: expected a number above 0 and up to 1, got -1.0"),
+        ("--amounts.learning_rate=1e309", "amounts.learning_rate: expected a number in (0, 1], got inf"),
+        ("--amounts.learning_rate=-1", "amounts.learning_rate: expected a number in (0, 1], got -1.0"),
         ("--amounts.learning_rate=nan", "amounts.learning_rate: expected float, got nan"),
-        ("--amounts.learning_rate=.nan", "amounts.learning_rate: expected a number above 0 and up to 1, got nan"),
-        ("--amounts.scales=[]", "amounts.scales: expected 1 to 32 ascending scales symmetric around 1.0, got ()"),
-        ("--amounts.scales=[0.8,.inf]", "amounts.scales: expected"),
-        ("--amounts.epochs=1000000000", "amounts.epochs: expected an integer from 1 to 1000000, got 1000000000"),
-        ("--amounts.epochs=0", "amounts.epochs: expected an integer from 1 to 1000000, got 0"),
-        ("--amounts.hidden=-3", "amounts.hidden: expected an integer from 1 to 65536, got -3"),
+        ("--amounts.learning_rate=.nan", "amounts.learning_rate: expected a number in (0, 1], got nan"),
+        (
+            "--amounts.scales=[]",
+            "amounts.scales: expected a list of 1 to 32, strictly ascending",
+        ),
+        ("--amounts.scales=[0.8,.inf]", "amounts.scales[1]: expected a number in (0, 2), got inf"),
+        ("--amounts.epochs=1000000000", "amounts.epochs: expected a whole number in [1, 1000000], got 1000000000"),
+        ("--amounts.epochs=0", "amounts.epochs: expected a whole number in [1, 1000000], got 0"),
+        ("--amounts.hidden=-3", "amounts.hidden: expected a whole number in [1, 8192], got -3"),
         ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input"),
         ("--trainer.devices=abc", "trainer: `devices`"),
         ("--trainer.strategy=sideways", "trainer: You selected an invalid strategy name"),
@@ -93,20 +98,21 @@ def test_a_setting_that_may_be_of_several_types_names_them(capsys):
     assert plain("something\n  new: entirely") == "something new: entirely"
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+INTEGERS = [name for name, value in vars(Amounts()).items() if isinstance(value, int)]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
 def test_every_integer_amount_has_its_type_and_its_ends(name):
-    low, high = BOUNDS[name]
+    limit = limits_of(Amounts)[name]
     wide = Amounts(max_tokens=2**31 - 1, min_completion_tokens=1)
-    for wrong in (low - 1, high + 1, float(low + 1), True, "3", None):
-        with pytest.raises(ValueError, match=f"amounts.{name}: expected an integer from {low} to {high}, got"):
+    for wrong in (limit.least - 1, limit.most + 1, float(limit.least + 1), True, "3", None):
+        with pytest.raises(ValueError, match=re.escape(f"amounts.{name}: expected {limit}, got")):
             replace(wide, **{name: wrong})
-    integers = {field for field, value in vars(Amounts()).items() if isinstance(value, int)}
-    assert integers == set(BOUNDS)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e-9, float("inf"), float("nan"), 1.5, True, "0.1", None])
 def test_a_learning_rate_is_a_positive_number_up_to_one(rate):
-    with pytest.raises(ValueError, match=r"amounts\.learning_rate: expected a number above 0 and up to 1, got"):
+    with pytest.raises(ValueError, match=r"amounts\.learning_rate: expected a number in \(0, 1\], got"):
         Amounts(learning_rate=rate)
     assert Amounts(learning_rate=1).learning_rate == 1.0
 
@@ -116,7 +122,7 @@ def test_a_learning_rate_is_a_positive_number_up_to_one(rate):
     [(), (0.8, 1.2), (1.2, 1.0, 0.8), (1.0, 1.0), (0.8, 1.0, 1.3), (0.0, 1.0, 2.0), (float("nan"),), (True,), 1.0, "1"],
 )
 def test_scales_ascend_and_are_symmetric_around_one(scales):
-    with pytest.raises(ValueError, match=r"amounts\.scales: expected 1 to 32 ascending scales"):
+    with pytest.raises(ValueError, match=r"amounts\.scales(\[0\])?: expected"):
         Amounts(scales=scales)
     assert Amounts(scales=[0.5, 1, 1.5]).scales == (0.5, 1.0, 1.5)
 
