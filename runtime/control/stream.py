@@ -135,3 +135,11 @@ class Stream:
         other = Stream(self.settings, self.policy, operating, index.device, prompt_tokens, keep_record=keep)
         other.state, other.history, other.sums = self.state.select(index), self.history[index], self.sums.select(index)
         return other
+
+    def restarted(self) -> Stream:
+        """A stream before the first token of the same rows, for the same prompts and responses."""
+        operating, keep = self.state.operating, self.record is not None
+        device = self.prompt_tokens.device
+        other = Stream(self.settings, self.policy, operating, device, self.prompt_tokens, keep_record=keep)
+        other.sums = self.sums.restarted()
+        return other

@@ -23,12 +23,14 @@ from policy.settings import PAGE_TOKENS
 from ..control.record import PROMPT, RESPONSE, ChunkTrace, mean_rank, trace
 from ..control.stream import Stream
 from ..kv import FORMATS
+from ..loading import check_context, context_limit
 from ..plan import RunPlan
 from .attention import AttentionProbe
 from .gate import NO_RUNG, Gate
 from .layout import Layout
-from .mask import block_mask
+from .mask import RowMask
 from .pages import PagedCache
+from .rope import CallLength
 
 
 class AdaptiveCache(PagedCache):
@@ -47,6 +49,11 @@ class AdaptiveCache(PagedCache):
         other.stream = self.stream.select_rows(index)
         return other
 
+    def reset(self) -> None:
+        """Forget all tokens, but not what the rows may spend nor where their responses start."""
+        super().reset()
+        self.stream = self.stream.restarted()
+
 
 class AdaptiveRun:
     """What `adaptive` yields: makes caches, runs forwards, tells what the latest sequences did.
@@ -63,10 +70,15 @@ class AdaptiveRun:
         signals = plan.settings.signals
         self.probe = AttentionProbe(config.num_hidden_layers, signals.attention_layers, signals.recent_pages)
         self.probe.keeps_received = plan.operating.kv.may_be_sparse
+        self.mask = RowMask()
+        self.call_length = CallLength()
         self.last: AdaptiveCache | None = None
         """Cache of the latest call that started a batch of sequences."""
+        self.generating: AdaptiveCache | None = None
+        """Cache of the call of `generate` under way."""
         self._forward = model.forward
         self._text_config = config
+        self._limit = context_limit(model)
 
     def new_cache(
         self,
@@ -127,10 +139,16 @@ class AdaptiveRun:
                 f"past_key_values: expected a cache of {len(tokens)} rows, got {len(held)}; start a new one"
             )
         layout = Layout(tokens, attention_mask, held)
+        after = held + layout.real.sum(1)
+        # the host knows an upper bound: only where that is too much does the longest row cost a wait
+        if self._limit is not None and max(cache.lengths, default=0) + layout.steps > self._limit:
+            longest = int(after.argmax())
+            check_context(self.model, int(held[longest]), int(after[longest] - held[longest]))
         if cache.next_call_is_prompt:
-            cache.stream.prompt_tokens = held + layout.real.sum(1)
+            cache.stream.prompt_tokens = after
             cache.next_call_is_prompt = False
-        logits = self._blocks(layout, cache, tokens.shape[1] if keep is None else keep)
+        with self.call_length.of(after):
+            logits = self._blocks(layout, cache, tokens.shape[1] if keep is None else keep)
         cache.seen_columns += tokens.shape[1]
         return logits
 
@@ -158,9 +176,9 @@ class AdaptiveRun:
         self._set_gates(weights, stream.block.active, stream.state.operating.adapter)
         cache.begin(positions)
         self.probe.begin(positions)
+        self.mask.begin(positions, cache.visible())
         output = self._forward(
             input_ids=tokens,
-            attention_mask=block_mask(self._text_config, positions, cache.visible(), self.model.dtype),
             position_ids=positions.clamp(min=0),
             past_key_values=cache,
             use_cache=True,
@@ -193,9 +211,10 @@ class AdaptiveRun:
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         self._set_gates(weights, ((weights > 0) * rungs).amax(-1), first)
         self.probe.begin(positions)
-        mask = block_mask(self._text_config, positions, real, self.model.dtype)
+        self.mask.begin(positions, real)
         position_ids = positions.clamp(min=0)
-        return self._forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        # any mask at all: without one and without a cache transformers looks for several texts packed into a row
+        return self._forward(input_ids=tokens, attention_mask=real, position_ids=position_ids, use_cache=False).logits
 
     def mean_rank(self) -> tuple[float, float]:
         """Byte-weighted mean active rank of the latest sequences over (response, prompt) tokens.
