@@ -8,6 +8,7 @@ read first; the rest is heard in a rehearsal: three tokens through the base mode
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -47,7 +48,7 @@ def _refuse_by_configuration(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - ATTENTION_LAYERS:
         others = ", ".join(sorted(kinds - ATTENTION_LAYERS))
-        raise _refusal(model, "keys and values per token as the only memory", f"layers of {others}")
+        raise _refusal(model, "keys and values per token as the only memory", f"{others} layers with another state")
     if model._is_stateful and not kinds:
         raise _refusal(model, "keys and values per token as the only memory", "a recurrent state")
     if model.config.is_encoder_decoder:
@@ -66,7 +67,7 @@ def _rehearse(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> None:
     probe.begin(positions)
     mask.begin(positions, cache.visible())
     strays: dict[str, int] = {}
-    reason = None
+    failure: Exception | None = None
     with ExitStack() as undo:
         undo.enter_context(probed_attention(model, probe, mask))
         for name, linear in linears.items():
@@ -76,15 +77,16 @@ def _rehearse(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> None:
         except torch.OutOfMemoryError:
             raise
         except FAILURES as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARACTERS]
+            failure = error
     for name, seen in strays.items():
         where = "the whole cache" if seen > REHEARSED_TOKENS else "only some of them"
         raise ValueError(
             f"adapter: expected linears that see every token of a pass once, got {name}, which {type(model).__name__} "
             f"runs over {where}; train an adapter without it"
         )
-    if reason is not None:
-        raise _refusal(model, "a forward over keys and values in a cache of our own", reason)
+    if failure is not None:
+        reason = textwrap.shorten(f"{type(failure).__name__}: {failure}", REASON_CHARACTERS, placeholder=" ...")
+        raise _refusal(model, "a forward over keys and values in a cache of our own", reason) from failure
     if probe.reported != probe.layers:
         heard = f"attention from {len(probe.reported)} of {layers} layers"
         raise _refusal(model, "every layer to call transformers' attention interface", heard)

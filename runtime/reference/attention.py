@@ -66,7 +66,10 @@ def probed_attention(model: PreTrainedModel, probe: AttentionProbe, mask: RowMas
 
     Raises ValueError when the model runs an attention implementation that takes no explicit mask.
     """
-    original = model.config.get_text_config(decoder=True)._attn_implementation
+    text = model.config.get_text_config(decoder=True)
+    # of a model with several parts, its text alone: what a vision model beside it runs is its own
+    part = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), "")
+    original = text._attn_implementation
     if original not in SUPPORTED:
         raise ValueError(
             f"attention: expected attn_implementation {' or '.join(map(repr, SUPPORTED))}, got {original!r}; load the "
@@ -77,15 +80,15 @@ def probed_attention(model: PreTrainedModel, probe: AttentionProbe, mask: RowMas
     AttentionInterface.register(name, _probing(probe, original))
     AttentionMaskInterface.register(name, mask)
     try:
-        model.set_attn_implementation(name)
-        if model.config.get_text_config(decoder=True)._attn_implementation != name:
+        model.set_attn_implementation({part: name})
+        if text._attn_implementation != name:
             raise ValueError(
                 "attention: expected a model that calls transformers' attention interface, got "
                 f"{type(model).__name__}, which does not; it cannot be served"
             )
         yield
     finally:
-        model.set_attn_implementation(original)
+        model.set_attn_implementation({part: original})
         # transformers has no public way to take a name out again
         del AttentionInterface._global_mapping[name]
         del AttentionMaskInterface._global_mapping[name]

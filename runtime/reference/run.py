@@ -264,6 +264,7 @@ def _refuse_arguments(input_ids: Tensor | None, cache: object, kwargs: dict[str,
         )
     # Flags that ask for nothing, and what transformers passes along beside the inputs.
     passed_along = ("cache_position", "tokenizer")
-    refused = [k for k, v in kwargs.items() if v is not None and v is not False and k not in passed_along]
+    nothing = (v is None or v is False or (isinstance(v, dict) and not v) for v in kwargs.values())
+    refused = [k for k, empty in zip(kwargs, nothing, strict=True) if not empty and k not in passed_along]
     if refused:
         raise ValueError(f"forward: expected ids, mask, cache and labels, got {', '.join(refused)}; leave it out")

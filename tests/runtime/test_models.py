@@ -10,6 +10,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -128,6 +129,31 @@ def test_nothing_of_the_run_stays_behind(factory, batch, make_peft_adapter, tmp_
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
     assert (names, masks) == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+
+
+def test_a_vision_model_beside_the_text_keeps_its_own_attention(tmp_path, make_peft_adapter):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**SHAPE, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+    )
+
+    def make():
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    adapter = make_peft_adapter(make, tmp_path / "adapter", r=2, target_modules=r".*language_model.*q_proj")
+    model = make()
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+    with adaptive(model, adapter):
+        model(torch.ones(1, 5).long())
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "eager"
+    with (
+        adaptive(model, adapter),
+        pytest.raises(ValueError, match=f"context of {SHAPE['max_position_embeddings']}, got 120 . 20"),
+    ):
+        model.generate(torch.ones(1, 120).long(), do_sample=False)  # nothing caps transformers' default here
 
 
 def test_opt_is_served(batch, make_peft_adapter, peft_load, tmp_path):
