@@ -87,6 +87,7 @@ def activate(model: PreTrainedModel, plan: RunPlan, *, keep_record: bool = False
                 undo.callback(linear.register_forward_hook(hook).remove)
         undo.enter_context(_replaced(model, "forward", _adaptive_forward(model, run)))
         undo.enter_context(_replaced(model, "generate", _adaptive_generate(model, run)))
+        undo.enter_context(_replaced(model, "prepare_inputs_for_generation", _adaptive_inputs(model)))
         yield run
 
 
@@ -110,8 +111,6 @@ def _adaptive_forward(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...,
 
     @functools.wraps(original)
     def forward(*args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        if run.generating is not None and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = _restarted(run.generating, kwargs)
         output = run.forward(*args, **kwargs)
         return output.to_tuple() if return_dict is False else output
 
@@ -119,20 +118,31 @@ def _adaptive_forward(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...,
     return forward
 
 
-def _restarted(cache: AdaptiveCache, kwargs: dict[str, Any]) -> AdaptiveCache:
-    """The cache of a generation, empty again, for a forward call that brings none.
+def _adaptive_inputs(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's own inputs of a generation step, whose cache may start anew but not be lost.
 
-    Phi-3's loop drops it where the text outgrows the original context: the other frequencies need other keys. The whole
-    text runs once more, for the same budgets, prompts and responses.
+    Phi-3's drop it where the text outgrows the original context: the other frequencies need other keys. The whole text
+    then runs once more into the same cache, emptied, for the same budgets, prompts and responses.
     """
-    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-    if mask is not None and mask.shape[1] != ids.shape[1]:
-        raise ValueError(
-            f"generate: expected the whole text, which this model processes anew here, got {ids.shape[1]} of "
-            f"{mask.shape[1]} columns; pass the earlier turns' tokens too"
-        )
-    cache.reset()
-    return cache
+    original: Any = model.prepare_inputs_for_generation
+
+    @functools.wraps(original)
+    def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        inputs: dict[str, Any] = original(input_ids, *args, **kwargs)
+        if not isinstance(cache, AdaptiveCache) or inputs.get("past_key_values") is not None:
+            return inputs
+        if mask is not None and mask.shape[1] != input_ids.shape[1]:
+            raise ValueError(
+                f"generate: expected the whole text, which this model processes anew here, got {input_ids.shape[1]} of "
+                f"{mask.shape[1]} columns; pass the earlier turns' tokens too"
+            )
+        whole = {"past_key_values": None, "next_sequence_length": None}
+        inputs = original(input_ids, *args, **{**kwargs, **whole})
+        cache.reset()
+        return {**inputs, "past_key_values": cache}
+
+    return prepare
 
 
 def generation_option(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
@@ -202,11 +212,8 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
         if isinstance(cache, AdaptiveCache):  # any other is refused by forward, in one line
             cache.next_call_is_prompt = True
             cache.stream.sums.expect(end_tokens(model, kwargs), generation_option(model, kwargs, "pad_token_id"))
-            run.last = run.generating = cache
-        try:
-            return original(inputs, kwargs.pop("generation_config"), *args, **kwargs)
-        finally:
-            run.generating = None
+            run.last = cache
+        return original(inputs, kwargs.pop("generation_config"), *args, **kwargs)
 
     return generate
 

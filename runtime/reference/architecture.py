@@ -51,8 +51,6 @@ def _refuse_by_configuration(model: PreTrainedModel) -> None:
         raise _refusal(model, "keys and values per token as the only memory", f"{others} layers with another state")
     if model._is_stateful and not kinds:
         raise _refusal(model, "keys and values per token as the only memory", "a recurrent state")
-    if model.config.is_encoder_decoder:
-        raise _refusal(model, "a decoder alone", "an encoder beside it")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise _refusal(model, "position_ids in its forward", "a model that counts positions by itself")
 

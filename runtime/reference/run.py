@@ -74,8 +74,6 @@ class AdaptiveRun:
         self.call_length = CallLength()
         self.last: AdaptiveCache | None = None
         """Cache of the latest call that started a batch of sequences."""
-        self.generating: AdaptiveCache | None = None
-        """Cache of the call of `generate` under way."""
         self._forward = model.forward
         self._text_config = config
         self._limit = context_limit(model)

@@ -22,7 +22,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama import modeling_llama
 
+from policy.settings import PAGE_TOKENS
 from runtime import adaptive, build_ladder, load_adapter
 from runtime.plan import STATIC_BLOCK_TOKENS, static_plan
 from runtime.reference.adaptive import activate
@@ -129,6 +131,38 @@ def test_nothing_of_the_run_stays_behind(factory, batch, make_peft_adapter, tmp_
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
     assert (names, masks) == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        (lambda *args, **kwargs: torch.zeros(1, 1, 3, PAGE_TOKENS), "masks made by transformers' functions"),
+        (lambda *args, **kwargs: None, "masked attention, got none in LlamaAttention"),
+    ],
+)
+def test_masks_of_a_models_own_are_refused(tiny_llama, llama_adapter, monkeypatch, own, reason):
+    """They would know nothing of rows that lie elsewhere in the cache."""
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", own)
+    with pytest.raises(ValueError, match=reason) as error:
+        adaptive(tiny_llama, llama_adapter).__enter__()
+    assert "LlamaForCausalLM; it cannot be served" in str(error.value)
+
+
+def test_refused_model_is_left_as_it_was(tiny_llama, llama_adapter, monkeypatch):
+    names = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="cannot be served"):
+        adaptive(tiny_llama, llama_adapter).__enter__()
+    assert names == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    assert tiny_llama.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_llama.modules())
+    assert "generate" not in vars(tiny_llama)
+
+
+def test_flash_attention_takes_no_mask_of_rows_and_is_refused(tiny_llama, llama_adapter):
+    tiny_llama.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation 'sdpa' or 'eager', got 'flash_attention_2'"):
+        adaptive(tiny_llama, llama_adapter).__enter__()
 
 
 def test_a_vision_model_beside_the_text_keeps_its_own_attention(tmp_path, make_peft_adapter):

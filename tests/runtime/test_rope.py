@@ -108,7 +108,8 @@ def expected(request, name, folders, peft_load):
     reference = peft_load(model_of(name), folders(name))
     with torch.no_grad():
         logits = reference(**batch, position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits[real]
-    return batch, logits, reference.generate(**batch, **greedy(16))
+    # Phi-3 starts its cache anew at the crossing, as if it had none; some versions of transformers fail to.
+    return batch, logits, reference.generate(**batch, **greedy(16), use_cache="phi3" not in name)
 
 
 @pytest.mark.parametrize("block_tokens", [STATIC_BLOCK_TOKENS, 32, 7])
