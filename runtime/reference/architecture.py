@@ -53,6 +53,10 @@ def _refuse_by_configuration(model: PreTrainedModel) -> None:
         raise _refusal(model, "keys and values per token as the only memory", "a recurrent state")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise _refusal(model, "position_ids in its forward", "a model that counts positions by itself")
+    for name, module in model.named_modules():
+        # RoBERTa's begin behind the index of the padding when it counts them, and at 0 when transformers' loop does
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            raise _refusal(model, "positions from 0 on", f"a place for padding among them ({name})")
 
 
 @torch.no_grad()
