@@ -30,6 +30,7 @@ from runtime.fingerprint import model_fingerprint
 from runtime.ladder import open_ladder
 from runtime.loading import load_model, load_tokenizer
 from runtime.plan import RunPlan, plan_run
+from runtime.reference.adaptive import require_servable
 
 from .compare.scorer import Scorer
 from .console import CommandParser, command_line, quiet_libraries
@@ -102,6 +103,7 @@ def evaluate(
     """
     ladder = open_ladder(adapter)
     network = load_model(model, dtype=dtype)
+    require_servable(network, [ladder])
     fingerprint = None if policy is None else model_fingerprint(network)
     plan = plan_run(ladder, policy=policy, budget=budget, rung=rung, model_fingerprint=fingerprint)
     blocks = {1, plan.settings.block_tokens if block_tokens is None else block_tokens}

@@ -36,6 +36,7 @@ from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
 from runtime.ladder import Ladder, open_ladder, save_ladder
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
+from runtime.reference.adaptive import require_servable
 
 from .amounts import Amounts
 from .closing import next_commands
@@ -185,8 +186,7 @@ def _introduce(context: FitContext, tasks: Sequence[AdapterTask]) -> None:
     """Say what there is to do; refuses an adapter of another model before anything is written."""
     common_rungs(tasks)
     for task in tasks:
-        with context.full_rank(task):
-            pass
+        require_servable(context.model, [task.ladder])
         corpus = task.corpus
         if corpus.leaked:
             context.say(f"left out {corpus.leaked} validation and test documents whose text is in an earlier split")

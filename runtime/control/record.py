@@ -107,7 +107,7 @@ class Sums:
 
     def add(self, tokens: Tensor, real: Tensor, response: Tensor, active: Tensor) -> None:
         """Count a block: tokens [B, T], real and response [B, T] bool, active [B, T] long."""
-        counted = real
+        counted = real & ~(self._ended[:, None] & response)
         if self._expecting and tokens.shape[1] == 1:  # decode: one token at a time
             generated = (real & response)[:, 0] & ~self._ended
             padded = generated & (tokens[:, 0] == self._pad)
@@ -126,6 +126,13 @@ class Sums:
         other = Sums(len(index), self.counts.shape[2], self.counts.device)
         other.counts, other._latest, other._ended = self.counts[index], self._latest[index], self._ended[index]
         other._ends, other._pad, other._expecting = self._ends, self._pad, self._expecting
+        return other
+
+    def restarted(self) -> Sums:
+        """Sums before the first token of the same rows; a response that has ended is not counted again."""
+        other = self.select(torch.arange(len(self.counts), device=self.counts.device))
+        other.counts = torch.zeros_like(self.counts)
+        other.counts[:, RESPONSE] = self.counts[:, RESPONSE] * self._ended[:, None]
         return other
 
 

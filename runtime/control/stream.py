@@ -151,6 +151,15 @@ class Stream:
         other.state, other.history, other.sums = state, self.history[index], self.sums.select(index)
         return other
 
+    def restarted(self) -> Stream:
+        """A stream before the first token of the same rows, for the same prompts and responses."""
+        other = Stream(
+            self.settings, self.policy, self.state.operating, self.state.bucket.cost, self.prompt_tokens.device,
+            self.prompt_tokens, keep=self.keep,
+        )  # fmt: skip
+        other.sums = self.sums.restarted()
+        return other
+
 
 def static_rungs(policy: RankPolicy, operating: Operating, cost: Tensor) -> list[int] | None:
     """The rung index of every row where neither text nor budget can change it, and nothing else needs signals.

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from policy.checkpoint import PolicyCheckpoint
 
 from ..control.record import ChunkTrace
-from ..loading import context_limit, load_model, load_tokenizer
+from ..loading import load_model, load_tokenizer, require_plain
 from ..plan import AdapterSource
-from ..reference.adaptive import AdaptiveRun, adaptive, end_tokens, generation_option
+from ..reference.adaptive import AdaptiveRun, adaptive, check_length, end_tokens, generation_option
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,14 @@ def generate(
 
     Raises FileNotFoundError for a wrong path and ValueError, one line each, for input that does not fit together.
     """
+    if not isinstance(model, str | Path):
+        require_plain(model)
     if tokenizer is None and not (isinstance(prompts, Tensor) and isinstance(model, PreTrainedModel)):
         tokenizer = load_tokenizer(str(model.name_or_path) if isinstance(model, PreTrainedModel) else model)
     if not isinstance(model, PreTrainedModel):
         model = load_model(model, dtype=dtype)
     inputs = _inputs(prompts, tokenizer, generation_kwargs, model)
-    _check_length(inputs["attention_mask"], model, generation_kwargs)
+    check_length(model, inputs["input_ids"], inputs["attention_mask"], generation_kwargs)
     if generation_kwargs.get("stop_strings") is not None:
         generation_kwargs["tokenizer"] = tokenizer
     chosen = adaptive(
@@ -121,17 +123,6 @@ def _inputs(
         if tokenizer.pad_token_id is not None:
             generation_kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
-def _check_length(attention_mask: Tensor, model: PreTrainedModel, generation_kwargs: dict[str, Any]) -> None:
-    limit = context_limit(model)
-    prompt = int(attention_mask.sum(1).max())
-    new = generation_option(model, generation_kwargs, "max_new_tokens") or 0
-    if limit is not None and prompt + new > limit:
-        raise ValueError(
-            f"prompts: expected prompt and new tokens to fit the model's context of {limit}, got {prompt} + {new}; "
-            "shorten the prompt or max_new_tokens"
-        )
 
 
 def _new_tokens(new: Tensor, model: PreTrainedModel, generation_kwargs: dict[str, Any]) -> list[int]:

@@ -11,6 +11,7 @@ and `model.generate` brings a paged cache. Nothing else in the model changes, an
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,12 +27,20 @@ from policy.checkpoint import PolicyCheckpoint
 from ..control.record import Keep
 from ..fingerprint import model_fingerprint
 from ..ladder import Ladder
+from ..loading import check_context, require_plain
 from ..plan import AdapterSource, RunPlan, plan_run
+from .architecture import refuse_unsupported
 from .attention import probed_attention
 from .gate import AdaptedLinear
+from .rope import rope_of_whole_call
 from .run import AdaptiveCache, AdaptiveRun
 
-__all__ = ["AdaptiveRun", "activate", "adaptive"]
+__all__ = ["AdaptiveRun", "activate", "adaptive", "require_servable"]
+
+DEFAULT_NEW_TOKENS = 20
+"""What transformers generates when nothing says how much."""
+CLAIM = "adaptive_context"
+"""Attribute of a model that is inside `adaptive`."""
 
 
 @contextmanager
@@ -49,28 +58,31 @@ def adaptive(
 
     `keep_record` keeps every decision for `trace`, memory that grows with the text. The model must be the plain base
     model in its Hugging Face class, loaded with attention `sdpa` or `eager`. Raises ValueError for an adapter of
-    another model, and all that `plan_run` raises.
+    another model, an architecture that cannot be served, and all that `plan_run` raises.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model: expected a plain Hugging Face model, got {type(model).__name__}; pass its base model")
+    require_plain(model)
     fingerprint = None if policy is None else model_fingerprint(model)
     plan = plan_run(
         adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
         model_fingerprint=fingerprint, device=model.device,
     )  # fmt: skip
-    with activate(model, plan, keep=Keep.DECISIONS if keep_record else Keep.SUMS) as run:
+    with activate(model, plan, keep=Keep.DECISIONS if keep_record else Keep.SUMS, checked=False) as run:
         yield run
 
 
 @contextmanager
-def activate(model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS) -> Iterator[AdaptiveRun]:
-    """`adaptive` for a plan that is already settled."""
-    if hasattr(model.forward, "adaptive_run"):
-        raise ValueError("model: expected one that is not adaptive yet, got one inside `adaptive`; leave that first")
-    linears = [adapted_modules(model, ladder) for ladder in plan.ladders]
-    run = AdaptiveRun(model, plan, keep=keep)
+def activate(
+    model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS, checked: bool = True
+) -> Iterator[AdaptiveRun]:
+    """`adaptive` for a plan that is already settled; `checked` says that `require_servable` was asked before."""
     with ExitStack() as undo:
-        undo.enter_context(probed_attention(model, run.probe))
+        undo.enter_context(_claimed(model))
+        if not checked:
+            require_servable(model, plan.ladders)
+        linears = [adapted_modules(model, ladder) for ladder in plan.ladders]
+        run = AdaptiveRun(model, plan, keep=keep)
+        undo.enter_context(probed_attention(model, run.probe, run.mask))
+        undo.enter_context(rope_of_whole_call(model, run.call_length))
         for ladder, gate, adapted in zip(plan.ladders, run.gates, linears, strict=True):
             for name, linear in adapted.items():
                 factors = ladder.modules[name]
@@ -80,7 +92,35 @@ def activate(model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS) -
                 undo.callback(linear.register_forward_hook(hook).remove)
         undo.enter_context(_replaced(model, "forward", _adaptive_forward(model, run)))
         undo.enter_context(_replaced(model, "generate", _adaptive_generate(model, run)))
+        undo.enter_context(_replaced(model, "prepare_inputs_for_generation", _adaptive_inputs(model)))
         yield run
+
+
+def require_servable(model: PreTrainedModel, ladders: Sequence[Ladder]) -> None:
+    """Make sure that `model` can be served with the adapters of `ladders`; runs three tokens through it.
+
+    Raises ValueError, in one line, for a model with PEFT in it, an architecture that the reference path cannot run, and
+    an adapter of another model.
+    """
+    require_plain(model)
+    found = [adapted_modules(model, ladder) for ladder in ladders]
+    refuse_unsupported(model, {name: linear for linears in found for name, linear in linears.items()})
+
+
+@contextmanager
+def _claimed(model: PreTrainedModel) -> Iterator[None]:
+    """Hold the model for one context; a second one, of this thread or another, is refused."""
+    owner = object()
+    # One step, which threads cannot come between.
+    if vars(model).setdefault(CLAIM, owner) is not owner:
+        raise ValueError(
+            "model: expected one that is not adaptive yet, got one inside `adaptive`, here or in another thread; leave "
+            "that first: a model serves one context at a time"
+        )
+    try:
+        yield
+    finally:
+        del vars(model)[CLAIM]
 
 
 @contextmanager
@@ -103,11 +143,38 @@ def _adaptive_forward(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...,
 
     @functools.wraps(original)
     def forward(*args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        output = run.forward(*args, **kwargs)
+        with run.alone():
+            output = run.forward(*args, **kwargs)
         return output.to_tuple() if return_dict is False else output
 
-    forward.adaptive_run = run  # type: ignore[attr-defined]  # the mark of a model that is adaptive already
     return forward
+
+
+def _adaptive_inputs(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's own inputs of a generation step, whose cache may start anew but not be lost.
+
+    Phi-3's drop it where the text outgrows the original context: the other frequencies need other keys. The whole text
+    then runs once more into the same cache, emptied, for the same budgets, prompts and responses.
+    """
+    original: Any = model.prepare_inputs_for_generation
+
+    @functools.wraps(original)
+    def prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        inputs: dict[str, Any] = original(input_ids, *args, **kwargs)
+        if not isinstance(cache, AdaptiveCache) or inputs.get("past_key_values") is not None:
+            return inputs
+        if mask is not None and mask.shape[1] != input_ids.shape[1]:
+            raise ValueError(
+                f"generate: expected the whole text, which this model processes anew here, got {input_ids.shape[1]} of "
+                f"{mask.shape[1]} columns; pass the earlier turns' tokens too"
+            )
+        whole = {"past_key_values": None, "next_sequence_length": None}
+        inputs = original(input_ids, *args, **{**kwargs, **whole})
+        cache.reset()
+        return {**inputs, "past_key_values": cache}
+
+    return prepare
 
 
 def generation_option(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
@@ -125,12 +192,33 @@ def end_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[int]:
     return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list | tuple) else [ends])]
 
 
+def check_length(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """Raises ValueError when prompt and new tokens of this call of `generate` outgrow the model's context.
+
+    input_ids [B, T], attention_mask [B, T] or with the columns that a cache holds in front.
+    """
+    columns = input_ids.shape[1]
+    longest = columns if attention_mask is None else int(attention_mask.sum(1).max())
+    new = generation_option(model, kwargs, "max_new_tokens")
+    if new is None:
+        end = generation_option(model, kwargs, "max_length")  # counts columns, padding included
+        if end is None:
+            end = min(
+                columns + DEFAULT_NEW_TOKENS, getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+            )
+        new = max(end - columns, 0)
+    check_context(model, longest, new)
+
+
 def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[..., Any]:
     """`model.generate` with our cache handed in; everything else is transformers' own loop."""
     original: Any = model.generate
 
     @functools.wraps(original)
-    def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        kwargs["generation_config"] = generation_config
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("generate: expected input_ids, got none; pass the tokenizer's output")
@@ -149,6 +237,7 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
         if generation_option(model, kwargs, "use_cache") is False:  # a model saved while training may have it off
             kwargs["use_cache"] = True
         copies = generation_option(model, kwargs, "num_return_sequences") or 1
+        check_length(model, ids, kwargs.get("attention_mask"), kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = kwargs["past_key_values"] = run.new_cache(ids.shape[0] * copies)
@@ -156,7 +245,8 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
             cache.next_call_is_prompt = True
             cache.stream.sums.expect(end_tokens(model, kwargs), generation_option(model, kwargs, "pad_token_id"))
             run.last = cache
-        return original(inputs, *args, **kwargs)
+        with run.alone():
+            return original(inputs, kwargs.pop("generation_config"), *args, **kwargs)
 
     return generate
 

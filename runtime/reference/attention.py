@@ -13,10 +13,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..control.signals import distant_attention
+from .mask import RowMask
 
 SUPPORTED = ("sdpa", "eager")
 
@@ -31,6 +32,8 @@ class AttentionProbe:
         self.listening = False
         """Whether the pass under way is listened to at all: what decides nothing needs no attention."""
         self.positions: Tensor | None = None
+        self.reported: set[int] = set()
+        """Probed layers heard in this pass."""
         self._mass: list[Tensor] = []
         self._received: list[Tensor] = []
         self.keeps_received = False
@@ -38,11 +41,13 @@ class AttentionProbe:
 
     def begin(self, positions: Tensor | None) -> None:
         """Start a pass whose query tokens lie at `positions` [B, T], padding at -1; None: do not listen to it."""
-        self.listening, self.positions, self._mass, self._received = positions is not None, positions, [], []
+        self.listening, self.positions = positions is not None, positions
+        self.reported, self._mass, self._received = set(), [], []
 
-    def record(self, weights: Tensor) -> None:
-        """Take in one probed layer's softmax, [B, H, T, N]."""
+    def record(self, layer: int, weights: Tensor) -> None:
+        """Take in a softmax of one probed layer, [B, H, T, N]; some layers attend more than once."""
         assert self.positions is not None, "begin() opens every pass"
+        self.reported.add(layer)
         self._mass.append(distant_attention(weights, self.positions, self.recent_pages))
         if self.keeps_received:
             real = (self.positions >= 0).to(weights.dtype)
@@ -50,11 +55,7 @@ class AttentionProbe:
 
     def attention(self) -> Tensor:
         """[B, T] float32 in [0, 1]"""
-        if len(self._mass) != len(self.layers):
-            raise ValueError(
-                f"attention: expected {len(self.layers)} layers to report, got {len(self._mass)}; this model does not "
-                "call transformers' attention interface"
-            )
+        assert self.reported == self.layers, "the rehearsal heard every layer"
         return torch.stack(self._mass).mean(0)
 
     def received(self) -> Tensor:
@@ -63,47 +64,53 @@ class AttentionProbe:
 
 
 @contextmanager
-def probed_attention(model: PreTrainedModel, probe: AttentionProbe) -> Iterator[None]:
-    """Let `probe` hear the attention of `model` until the block ends.
+def probed_attention(model: PreTrainedModel, probe: AttentionProbe, mask: RowMask) -> Iterator[None]:
+    """Let `probe` hear the attention of `model`, and `mask` make its masks, until the block ends.
 
     Raises ValueError when the model runs an attention implementation that takes no explicit mask.
     """
-    original = model.config.get_text_config(decoder=True)._attn_implementation
+    text = model.config.get_text_config(decoder=True)
+    # of a model with several parts, its text alone: what a vision model beside it runs is its own
+    part = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), "")
+    original = text._attn_implementation
     if original not in SUPPORTED:
         raise ValueError(
             f"attention: expected attn_implementation {' or '.join(map(repr, SUPPORTED))}, got {original!r}; load the "
             "model with attn_implementation='sdpa'"
         )
     name = f"chunkwise_{id(probe)}"
-    ALL_ATTENTION_FUNCTIONS[name] = _probing(probe, original)
+    # in the class-wide tables: some modelling files look names up in an instance of their own
+    AttentionInterface.register(name, _probing(probe, original))
+    AttentionMaskInterface.register(name, mask)
     try:
-        model.set_attn_implementation(name)
-        if model.config.get_text_config(decoder=True)._attn_implementation != name:
+        model.set_attn_implementation({part: name})
+        if text._attn_implementation != name:
             raise ValueError(
                 "attention: expected a model that calls transformers' attention interface, got "
                 f"{type(model).__name__}, which does not; it cannot be served"
             )
         yield
     finally:
-        model.set_attn_implementation(original)
-        del ALL_ATTENTION_FUNCTIONS[name]
-
-
-def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The eager attention of a layer's own modelling file, which knows its extras (soft caps, sinks)."""
-    return sys.modules[type(module).__module__].eager_attention_forward
+        model.set_attn_implementation({part: original})
+        # transformers has no public way to take a name out again
+        del AttentionInterface._global_mapping[name]
+        del AttentionMaskInterface._global_mapping[name]
 
 
 def _probing(probe: AttentionProbe, original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
-        eager = eager_attention(module)
-        if probe.listening and module.layer_idx in probe.layers:
+        if attention_mask is None:
+            raise ValueError(f"attention: expected masked attention, got none in {type(module).__name__}")
+        # the eager attention of the layer's own modelling file knows its extras (soft caps, sinks)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        layer: int = module.layer_idx  # type: ignore[assignment]  # nn.Module types what it does not know as tensors
+        if probe.listening and layer in probe.layers:
             if original == "sdpa":  # which knows no soft cap: a probed layer computes what its neighbours do
                 kwargs.pop("softcap", None)
             output, weights = eager(module, query, key, value, attention_mask, **kwargs)
-            probe.record(weights)
+            probe.record(layer, weights)
             return output, None
         run = eager if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
         return run(module, query, key, value, attention_mask, **kwargs)

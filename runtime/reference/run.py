@@ -10,6 +10,9 @@ Shape legend: B rows, T input columns, V vocabulary, J rungs.
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +26,15 @@ from policy.settings import PAGE_TOKENS
 from ..control.record import PROMPT, RESPONSE, ChunkTrace, Keep, mean_rank, trace
 from ..control.stream import Stream
 from ..kv import FORMATS
+from ..loading import check_context, context_limit
 from ..plan import STATIC_BLOCK_TOKENS, RunPlan
 from .attention import AttentionProbe
 from .gate import NO_RUNG, Gate
 from .kept import Chosen, LastColumns
 from .layout import Columns, Layout
-from .mask import block_mask
+from .mask import RowMask
 from .pages import PagedCache
+from .rope import CallLength
 
 
 class AdaptiveCache(PagedCache):
@@ -48,6 +53,11 @@ class AdaptiveCache(PagedCache):
         other.stream = self.stream.select_rows(index)
         return other
 
+    def reset(self) -> None:
+        """Forget all tokens, but not what the rows may spend nor where their responses start."""
+        super().reset()
+        self.stream = self.stream.restarted()
+
 
 class AdaptiveRun:
     """What `adaptive` yields: makes caches, runs forwards, tells what the latest sequences did.
@@ -65,10 +75,30 @@ class AdaptiveRun:
         signals = plan.settings.signals
         self.probe = AttentionProbe(config.num_hidden_layers, signals.attention_layers, signals.recent_pages)
         self.probe.keeps_received = plan.operating.kv.may_be_sparse
+        self.mask = RowMask()
+        self.call_length = CallLength()
         self.last: AdaptiveCache | None = None
         """Cache of the latest call that started a batch of sequences."""
+        self._call = threading.RLock()
         self._forward = model.forward
         self._text_config = config
+        self._limit = context_limit(model)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One call at a time: gates, masks and what attention hears belong to the pass under way.
+
+        A call may hold calls of its own thread, as `generate` does. Raises ValueError in a second thread, at once.
+        """
+        if not self._call.acquire(blocking=False):
+            raise ValueError(
+                "model: expected one call at a time, got a second one while another thread's is under way; a model "
+                "serves one thread at a time: wait for it, or give every thread a model of its own"
+            )
+        try:
+            yield
+        finally:
+            self._call.release()
 
     def new_cache(
         self,
@@ -141,15 +171,19 @@ class AdaptiveRun:
                 f"past_key_values: expected a cache of {len(tokens)} rows, got {len(held)}; start a new one"
             )
         layout = Layout(tokens, attention_mask, held)
+        longest = max(zip(held, layout.counts, strict=True), key=sum)
+        if self._limit is not None and sum(longest) > self._limit:
+            check_context(self.model, *longest)
         if cache.next_call_is_prompt:
             cache.stream.prompt_tokens = cache.stream.state.position + layout.real.sum(1)
             cache.next_call_is_prompt = False
         block = self.plan.settings.block_tokens
         if cache.stream.static is not None:  # no decision waits for a block to end
             block = max(block, STATIC_BLOCK_TOKENS)
-        for start in range(0, layout.steps, block):
-            columns = layout.block(start, min(start + block, layout.steps))
-            kept.add(columns, self._block(columns, cache), start if layout.dense else None)
+        with self.call_length.of(sum(longest)):
+            for start in range(0, layout.steps, block):
+                columns = layout.block(start, min(start + block, layout.steps))
+                kept.add(columns, self._block(columns, cache), start if layout.dense else None)
         cache.seen_columns += tokens.shape[1]
         return kept.logits()
 
@@ -161,9 +195,9 @@ class AdaptiveRun:
         self._set_gates(weights, self._highest(stream, active.masked_fill(~columns.real, NO_RUNG)), stream)
         cache.begin(columns.positions, self.model.device)
         self.probe.begin(positions if stream.static is None else None)
+        self.mask.begin(positions, cache.visible())
         output = self._forward(
             input_ids=columns.tokens,
-            attention_mask=block_mask(self._text_config, positions, cache.visible(), self.model.dtype),
             position_ids=positions.clamp(min=0),
             past_key_values=cache,
             use_cache=True,
@@ -207,9 +241,10 @@ class AdaptiveRun:
         for other in self.gates[1:]:
             other.set(weights, NO_RUNG)
         self.probe.begin(None)
-        mask = block_mask(self._text_config, positions, real, self.model.dtype)
+        self.mask.begin(positions, real)
         position_ids = positions.clamp(min=0)
-        return self._forward(input_ids=tokens, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        # any mask at all: without one and without a cache transformers looks for several texts packed into a row
+        return self._forward(input_ids=tokens, attention_mask=real, position_ids=position_ids, use_cache=False).logits
 
     def mean_rank(self) -> tuple[float, float]:
         """Byte-weighted mean active rank of the latest sequences over (response, prompt) tokens.
@@ -259,6 +294,7 @@ def _refuse_arguments(input_ids: Tensor | None, cache: object, kwargs: dict[str,
         )
     # Flags that ask for nothing, and what transformers passes along beside the inputs.
     passed_along = ("cache_position", "tokenizer")
-    refused = [k for k, v in kwargs.items() if v is not None and v is not False and k not in passed_along]
+    nothing = (v is None or v is False or (isinstance(v, dict) and not v) for v in kwargs.values())
+    refused = [k for k, empty in zip(kwargs, nothing, strict=True) if not empty and k not in passed_along]
     if refused:
         raise ValueError(f"forward: expected ids, mask, cache and labels, got {', '.join(refused)}; leave it out")

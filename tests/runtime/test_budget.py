@@ -173,9 +173,9 @@ def test_a_static_stream_computes_what_a_deciding_one_does(tiny_llama, llama_ada
 def test_a_static_stream_listens_to_nothing(tiny_llama, llama_adapter, monkeypatch):
     """No entropy, no attention, no decision: neither in the prompt nor in decode."""
     heard = []
-    monkeypatch.setattr("runtime.reference.attention.AttentionProbe.record", lambda *_: heard.append("attention"))
-    monkeypatch.setattr(Stream, "close_block", lambda *_: heard.append("block"))
     with adaptive(tiny_llama, llama_adapter, rung=4):
+        monkeypatch.setattr("runtime.reference.attention.AttentionProbe.record", lambda *_: heard.append("attention"))
+        monkeypatch.setattr(Stream, "close_block", lambda *_: heard.append("block"))
         tiny_llama.generate(torch.arange(3, 40)[None], do_sample=False, max_new_tokens=5, pad_token_id=0)
     assert not heard
 

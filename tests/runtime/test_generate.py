@@ -203,18 +203,6 @@ def test_cache_switched_off_by_training_is_switched_on(tiny_llama, llama_adapter
     assert torch.equal(tokens, peft_llama.generate(**prompts, **GREEDY, **exactly(9)))
 
 
-def test_model_wrapped_by_peft_is_refused(peft_llama, llama_adapter):
-    with pytest.raises(ValueError, match="expected a plain Hugging Face model, got PeftModel") as error:
-        adaptive(peft_llama, llama_adapter).__enter__()
-    assert "\n" not in str(error.value)
-
-
-def test_model_that_peft_has_been_put_into_is_refused(peft_llama, llama_adapter):
-    """The inner model is a Hugging Face model, but its linears already carry an adapter."""
-    with pytest.raises(ValueError, match="adapter: expected"):
-        adaptive(peft_llama.get_base_model(), llama_adapter).__enter__()
-
-
 def test_parallel_rows_of_sampling_have_their_own_chunks(tiny_llama, llama_adapter, make_plan, prompts):
     plan = make_plan(
         build_ladder(load_adapter(llama_adapter)), PositionPolicy, chunk=ChunkSettings(2, 6), block_tokens=8
@@ -402,12 +390,6 @@ def test_the_next_turn_is_prompt_again(tiny_llama, llama_adapter, prompts):
 def test_caches_and_prefill_pieces_of_others_are_refused(tiny_llama, llama_adapter, prompts, option):
     with adaptive(tiny_llama, llama_adapter), pytest.raises(ValueError, match="leave it out"):
         tiny_llama.generate(**prompts, **GREEDY, **exactly(3), **option)
-
-
-def test_text_beyond_the_context_is_refused(tiny_llama, llama_adapter):
-    limit = tiny_llama.config.max_position_embeddings
-    with pytest.raises(ValueError, match=f"context of {limit}"):
-        generate(tiny_llama, llama_adapter, torch.ones(1, limit).long(), max_new_tokens=1)
 
 
 def test_stop_strings_stop(stories_path, load_model, make_peft_adapter, tmp_path):

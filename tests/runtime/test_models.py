@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -19,7 +22,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama import modeling_llama
 
+from policy.settings import PAGE_TOKENS
 from runtime import adaptive, build_ladder, load_adapter
 from runtime.plan import STATIC_BLOCK_TOKENS, static_plan
 from runtime.reference.adaptive import activate
@@ -115,25 +120,74 @@ def test_prefill_in_small_blocks_equals_one_pass(factory, batch, make_peft_adapt
         torch.testing.assert_close(model(**batch).logits[real], expected[real], atol=2e-5, rtol=1e-5)
 
 
-def test_model_without_the_attention_interface_is_refused_in_one_line(make_peft_adapter, tmp_path):
-    from transformers import FalconConfig
+def test_nothing_of_the_run_stays_behind(factory, batch, make_peft_adapter, tmp_path):
+    folder = make_peft_adapter(factory, tmp_path / "adapter", r=4)
+    model = factory()
+    names, masks = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+    with torch.no_grad():
+        before = model(**batch).logits
+    with adaptive(model, folder):
+        model(**batch)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)
+    assert (names, masks) == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
 
-    config = FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=2)
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        (lambda *args, **kwargs: torch.zeros(1, 1, 3, PAGE_TOKENS), "masks made by transformers' functions"),
+        (lambda *args, **kwargs: None, "masked attention, got none in LlamaAttention"),
+    ],
+)
+def test_masks_of_a_models_own_are_refused(tiny_llama, llama_adapter, monkeypatch, own, reason):
+    """They would know nothing of rows that lie elsewhere in the cache."""
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", own)
+    with pytest.raises(ValueError, match=reason) as error:
+        adaptive(tiny_llama, llama_adapter).__enter__()
+    assert "LlamaForCausalLM; it cannot be served" in str(error.value)
+
+
+def test_refused_model_is_left_as_it_was(tiny_llama, llama_adapter, monkeypatch):
+    names = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="cannot be served"):
+        adaptive(tiny_llama, llama_adapter).__enter__()
+    assert names == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    assert tiny_llama.config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_llama.modules())
+    assert "generate" not in vars(tiny_llama)
+
+
+def test_flash_attention_takes_no_mask_of_rows_and_is_refused(tiny_llama, llama_adapter):
+    tiny_llama.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation 'sdpa' or 'eager', got 'flash_attention_2'"):
+        adaptive(tiny_llama, llama_adapter).__enter__()
+
+
+def test_a_vision_model_beside_the_text_keeps_its_own_attention(tmp_path, make_peft_adapter):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**SHAPE, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+    )
 
     def make():
         return AutoModelForCausalLM.from_config(config).eval()
 
-    folder = make_peft_adapter(make, tmp_path / "adapter", r=2)
+    adapter = make_peft_adapter(make, tmp_path / "adapter", r=2, target_modules=r".*language_model.*q_proj")
     model = make()
-    with pytest.raises(ValueError, match="attention interface, got FalconForCausalLM") as error:
-        adaptive(model, folder).__enter__()
-    assert "\n" not in str(error.value)
-
-
-def test_layer_type_without_full_or_sliding_attention_is_refused(tiny_llama, llama_adapter):
-    tiny_llama.config.layer_types = ["full_attention", "chunked_attention"]
-    with adaptive(tiny_llama, llama_adapter), pytest.raises(ValueError, match="chunked_attention"):
-        tiny_llama(torch.ones(1, 5).long())
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+    with adaptive(model, adapter):
+        model(torch.ones(1, 5).long())
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "eager"
+    with (
+        adaptive(model, adapter),
+        pytest.raises(ValueError, match=f"context of {SHAPE['max_position_embeddings']}, got 120 . 20"),
+    ):
+        model.generate(torch.ones(1, 120).long(), do_sample=False)  # nothing caps transformers' default here
 
 
 def test_opt_is_served(batch, make_peft_adapter, peft_load, tmp_path):
