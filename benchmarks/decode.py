@@ -62,6 +62,15 @@ from .printing import (
 from .shapes import SHAPES, build_model, kv_token_bytes, lora_bytes, weight_bytes, write_adapter
 
 RANK = 64
+PEFT = "PEFT eager, r=64 unmerged"
+PEFT_IN_BLOCKS = f"PEFT eager, prompt in forwards of {Settings().block_tokens}"
+AGAINST_PEFT = {
+    "prefill, static rung": ("prefill_ms", "reference, rung 64, full KV", PEFT),
+    "prefill, deciding in blocks": ("prefill_ms", "reference, deciding, full KV", PEFT_IN_BLOCKS),
+    "decode, static rung": ("decode_ms_per_token", "reference, rung 64, full KV", PEFT),
+    "decode, deciding": ("decode_ms_per_token", "reference, deciding, full KV", PEFT),
+}
+"""What is held against PEFT: (which time, of which path, over that of which of PEFT's)."""
 SECONDS = 120.0
 """No further round starts after this long; the number of runs is in the record."""
 
@@ -99,10 +108,11 @@ def fixed_plan(ladder: Ladder, rung: int, kv: KVSettings = FULL_KV) -> RunPlan:
     return RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(index), index, kv))
 
 
-def percentile_plan(ladder: Ladder) -> RunPlan:
-    """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, cross-fades, KV pages."""
-    settings, top = Settings(), len(ladder.rungs) - 1
-    operating = Operating.at(top / 2, top, settings.kv)
+def deciding_plan(ladder: Ladder, kv: KVSettings = FULL_KV) -> RunPlan:
+    """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, a budget kept, KV pages."""
+    settings = Settings(kv=kv)
+    start = ladder.rung_index(RANK // 2)
+    operating = Operating.at(float(start), start, kv, budget=0.5)
     return RunPlan((ladder,), PercentilePolicy(ladder.rungs, "complexity"), settings, operating)
 
 
@@ -125,15 +135,19 @@ def plain(model: PreTrainedModel, prompt: Tensor) -> Iterator[Generate]:
 
 
 @contextmanager
-def peft(model: PreTrainedModel, prompt: Tensor, folder: Path) -> Iterator[Generate]:
-    """PEFT's eager loop, adapter not merged."""
+def peft(model: PreTrainedModel, prompt: Tensor, folder: Path, block: int | None = None) -> Iterator[Generate]:
+    """PEFT's eager loop, adapter not merged; the prompt in one forward, or in forwards of `block` tokens."""
     with peft_model(model, folder) as wrapped:
-        yield lambda clock, new_tokens: _with_dynamic_cache(wrapped, prompt, clock, new_tokens)
+        yield lambda clock, new_tokens: _with_dynamic_cache(
+            wrapped, prompt, clock, new_tokens, prefill_chunk_size=block
+        )
 
 
-def _with_dynamic_cache(model: Any, prompt: Tensor, clock: BaseStreamer, new_tokens: int) -> DynamicCache:
+def _with_dynamic_cache(
+    model: Any, prompt: Tensor, clock: BaseStreamer, new_tokens: int, **options: Any
+) -> DynamicCache:
     cache = DynamicCache()
-    _generate(model, prompt, clock, new_tokens, past_key_values=cache)
+    _generate(model, prompt, clock, new_tokens, past_key_values=cache, **options)
     return cache
 
 
@@ -193,13 +207,14 @@ def kv_report(cache: Any) -> dict[str, Any]:
     """Bytes a filled cache holds and, for paged ones, the mean rank and the pages of every format."""
     if not isinstance(cache, AdaptiveCache):
         held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-        return {"kv_bytes": held, "kv_bytes_full": held}
+        return {"kv_bytes": held, "kv_bytes_full": held, "kv_bytes_allocated": held}
     # Every module of these ladders has the rung's own rank, so no weighting by bytes is needed.
     ranks = torch.tensor([float(rung) for rung in cache.stream.policy.rungs])
     names = Counter(FORMATS[code] for code in cache.page_formats().flatten().tolist())
     return {
         "kv_bytes": cache.kv_bytes(),
         "kv_bytes_full": cache.kv_bytes_full(),
+        "kv_bytes_allocated": cache.kv_bytes_allocated(),
         "pages": {name: count for name, count in sorted(names.items()) if name != "none"},
         "mean_rank": mean_rank(cache.stream.sums.counts[:, RESPONSE].cpu(), ranks),
     }
@@ -263,20 +278,28 @@ def benchmark(args: argparse.Namespace) -> None:
             "reference, rung 16, full KV": lambda: ours(model, fixed[16], prompt),
             "reference, rung 8, full KV": lambda: ours(model, fixed[8], prompt),
             "reference, rung 64, adaptive KV": lambda: ours(model, compressed, prompt),
-            "reference, percentile, adaptive KV": lambda: ours(model, percentile_plan(ladder), prompt),
+            "reference, deciding, full KV": lambda: ours(model, deciding_plan(ladder), prompt),
+            "reference, deciding, adaptive KV": lambda: ours(model, deciding_plan(ladder, KVSettings()), prompt),
         }
         if missing is None:
-            paths["PEFT eager, r=64 unmerged"] = lambda: peft(model, prompt, folder)
+            paths[PEFT] = lambda: peft(model, prompt, folder)
+            paths[PEFT_IN_BLOCKS] = lambda: peft(model, prompt, folder, Settings().block_tokens)
         else:
             print(f"PEFT is not measured: {missing}")
         results = measure(paths, args.repeats, args.new_tokens, device)
 
     columns = ("path", "ms/token", "range", "runs", "x floor", "prefill ms", "peak GB", "KV MB")
     print_table(columns, rows(results, floors))
+    ratios = {}
+    if missing is None:
+        for name, (timed, mine, theirs) in AGAINST_PEFT.items():
+            ratios[name] = results[mine][timed]["median"] / results[theirs][timed]["median"]
+            print(f"{name}: {ratios[name]:.2f} x {theirs}")
     record = header("decode", device) | {
         "shape": args.shape, "dtype": args.dtype, "batch": args.batch, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "lora_rank": RANK, "copy_bytes_per_second": bandwidth,
         "floor": {str(rung): f for rung, f in floors.items()}, "gate": gate, "peft_missing": missing, "paths": results,
+        "against_peft": ratios,
     }  # fmt: skip
     finish(record, path)
 
