@@ -37,10 +37,13 @@ class Stopped(BaseException):
 def stops_on_signals(last_words: Callable[[Stopped], None], grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     """Raise `Stopped` from the body on the first SIGTERM or Ctrl-C; after the grace, end the process with `last_words`.
 
-    There is no grace where this process has started others: it ends them and itself. Belongs to the main thread, the
-    only one that a signal interrupts. Behind it signals do what they did before, unless one came: then the process is
-    on its way out, and further ones change nothing.
+    There is no grace where this process has started others: it ends them and itself. In another thread than the main
+    one, which no signal interrupts, there is nothing to do. Behind it signals do what they did before, unless one came:
+    then the process is on its way out, and further ones change nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[int] = []
     inside = True
 

@@ -75,14 +75,18 @@ def test_a_signal_ends_it_in_time_with_one_line_wherever_it_is(body, number, sta
     assert list(tmp_path.iterdir()) == [], "scratch files are gone"
 
 
-def test_a_signal_ends_the_processes_it_started_as_well(start):
-    process = start(BODIES["beside a process"])
+def test_the_processes_it_started_end_with_it_and_nothing_waits_for_them(start):
+    body = (
+        f"child = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\n{BODIES['keeping what is raised']}"
+    )
+    process = start(body)
     child = int(process.stdout.readline())
+    sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate()
-    deadline = time.monotonic() + 2
-    while running(child) and time.monotonic() < deadline:
+    assert process.wait() == 143
+    while running(child) and time.monotonic() < sent + GRACE_SECONDS:
         time.sleep(0.01)
+    assert time.monotonic() - sent < GRACE_SECONDS
     assert not running(child)
 
 
@@ -119,3 +123,16 @@ def test_without_a_signal_nothing_of_it_is_left():
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert ([signal.getsignal(number) for number in ENDINGS], sys.unraisablehook, threading.active_count()) == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_command_may_run_in_another_thread():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def command():
+        with one_line_errors():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert found == [before]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import runtime.stop
+from runtime.command import one_line_errors
 from tests.training.test_fit import CHANGES, STOPPED, summary_of, without_latency
 from training.fit import main
 from training.start import ENDINGS, wait_passively
@@ -126,7 +127,7 @@ def test_a_process_ends_with_the_one_that_launched_it():
     ],
 )
 def test_a_commands_status_is_its_own(body, status, says):
-    process = python("-c", RUN.format(body))
+    process = python("-c", RUN.format(body), PYTHONUNBUFFERED="")
     assert process.communicate()[0] == says
     assert process.returncode == status
 
@@ -137,6 +138,21 @@ def test_once_the_work_is_done_a_signal_changes_nothing():
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[1] == ""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_of_a_fit_the_first_says_how_to_go_on(first, monkeypatch, capsys):
+    told = []
+
+    def recorded(**told_now):
+        told.append(told_now)
+        return one_line_errors(**told_now)
+
+    monkeypatch.setattr("training.fit.one_line_errors", recorded)
+    monkeypatch.setattr("training.fit.is_first_process", lambda: first)
+    with pytest.raises(SystemExit):
+        main(["--no_such_flag"])
+    assert told == [{"afterwards": STOPPED.strip("; \n"), "first": first}]
 
 
 @pytest.mark.slow
@@ -161,49 +177,65 @@ def test_several_processes_end_together(number, status, stage, case, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_at_any_moment_it_ends_as_if_nothing_had_happened(case, tmp_path):
-    """20 folders, each fitted by three runs: one killed and one terminated, in either order, and one to the end."""
-    started = time.monotonic()
-    process = python("-m", "training.fit", *case.arguments(tmp_path / "whole", **CHANGES))
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    whole, seconds = summary_of(tmp_path / "whole"), time.monotonic() - started
+    """20 folders, each fitted by three runs: one killed and one terminated, in either order, and one to the end.
+
+    Two runs at a time. Moments are drawn over the imports and, for most, over the work behind them.
+    """
+
+    def start(folder):
+        return python("-m", "training.fit", *case.arguments(folder, **CHANGES))
+
+    def whole(folder):
+        began, process = time.monotonic(), start(folder)
+        process.stdout.readline()
+        introduced = time.monotonic()
+        process.communicate()
+        return introduced - began, time.monotonic() - introduced
+
+    def stop(plan):
+        """(signal, whether the work had begun, status, seconds until it ended, stderr) of every run stopped."""
+        folder, stops = plan
+        ends = []
+        for number, working, share in stops:
+            process = start(folder)
+            while not catches(process, signal.SIGTERM):
+                time.sleep(0.001)
+            if working:
+                process.stdout.readline()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(share * (work_seconds if working else import_seconds))
+            sent = time.monotonic()
+            process.send_signal(number)
+            _, errors = process.communicate()
+            ends.append((number.name, working, process.returncode, round(time.monotonic() - sent, 2), errors))
+        return ends
+
     source = random.Random(0)
     plans = []
     for number in range(20):
         signals = source.sample([signal.SIGKILL, signal.SIGTERM], 2)
-        plans.append((tmp_path / f"stopped-{number}", [(one, source.uniform(0, seconds)) for one in signals]))
-
-    def stop(plan):
-        folder, stops = plan
-        ends = []
-        for number, moment in stops:
-            process = python("-m", "training.fit", *case.arguments(folder, **CHANGES))
-            while not catches(process, signal.SIGTERM) and process.poll() is None:
-                time.sleep(0.001)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                process.send_signal(number)
-            sent = time.monotonic()
-            _, errors = process.communicate()
-            ends.append((number, round(moment, 2), process.returncode, round(time.monotonic() - sent, 2), errors))
-        return ends
-
+        # A second run has less ahead of it than the first one had.
+        stops = [(signals[run], source.random() < 0.85, source.random() * most) for run, most in enumerate((1.0, 0.7))]
+        plans.append((tmp_path / f"stopped-{number}", stops))
     with ThreadPoolExecutor(2) as pool:
+        times = list(pool.map(whole, (tmp_path / "whole", tmp_path / "beside")))
+        import_seconds, work_seconds = (min(column) for column in zip(*times, strict=True))
         ends = [end for part in pool.map(stop, plans) for end in part]
-    print(json.dumps(ends, indent=1))
-    for number, _, status, took, errors in ends:
+    print(json.dumps({"seconds": [import_seconds, work_seconds], "ends": ends}))
+    for name, _, status, seconds, errors in ends:
         if status == 0:
             assert errors == ""
-        elif number == signal.SIGKILL:
+        elif name == "SIGKILL":
             assert (status, errors) == (-signal.SIGKILL, "")
         else:
             assert status == 143
             assert errors in ("terminated\n", f"terminated{STOPPED}")
-            assert took < 5
+            assert seconds < 5
+    assert sum(working and status != 0 for _, working, status, _, _ in ends) >= 20, "most are stopped at work"
+    expected = summary_of(tmp_path / "whole")
     for folder, _ in plans:
         main(case.arguments(folder, **CHANGES))
         again = summary_of(folder)
-        assert without_latency(again["curves"]) == without_latency(whole["curves"])
+        assert without_latency(again["curves"]) == without_latency(expected["curves"])
         for key in ("area", "headroom", "captured", "exported", "kl_at"):
-            assert again[key] == whole[key], key
+            assert again[key] == expected[key], key
