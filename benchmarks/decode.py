@@ -71,7 +71,7 @@ AGAINST_PEFT = {
     "decode, deciding": ("decode_ms_per_token", "reference, deciding, full KV", PEFT),
 }
 """What is held against PEFT: (which time, of which path, over that of which of PEFT's)."""
-SECONDS = 120.0
+SECONDS = 300.0
 """No further round starts after this long; the number of runs is in the record."""
 
 Generate = Callable[[BaseStreamer, int], Any]
@@ -109,7 +109,7 @@ def fixed_plan(ladder: Ladder, rung: int, kv: KVSettings = FULL_KV) -> RunPlan:
 
 
 def deciding_plan(ladder: Ladder, kv: KVSettings = FULL_KV) -> RunPlan:
-    """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, a budget kept, KV pages."""
+    """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, a budget, KV pages."""
     settings = Settings(kv=kv)
     start = ladder.rung_index(RANK // 2)
     operating = Operating.at(float(start), start, kv, budget=0.5)

@@ -100,14 +100,17 @@ def window_nll(model: PreTrainedModel, run_plan: RunPlan, ids: Tensor) -> Tensor
 
 
 def storage(model: PreTrainedModel, run_plan: RunPlan, row: Tensor) -> dict[str, Any]:
-    """What one window's cache really holds at its end: bytes, and pages by format."""
+    """What one window's cache holds at its end: bytes of its text and of its storage, and pages by format."""
     with activate(model, run_plan) as run:
         model(input_ids=row[None].to(model.device))
         cache = run.last
     assert isinstance(cache, AdaptiveCache)
     pages = Counter(FORMATS[code] for code in cache.page_formats().flatten().tolist())
     held, full = cache.kv_bytes(), cache.kv_bytes_full()
-    return {"kv_bytes": held, "kv_bytes_full": full, "kv_ratio": held / full, "pages": dict(sorted(pages.items()))}
+    return {
+        "kv_bytes": held, "kv_bytes_full": full, "kv_bytes_allocated": cache.kv_bytes_allocated(),
+        "kv_ratio": held / full, "pages": dict(sorted(pages.items())),
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -217,7 +220,7 @@ def benchmark(args: argparse.Namespace) -> None:
         }
         print(f"  {name}: {results[name]['perplexity']:.4f}", flush=True)
 
-    columns = ("pages", "perplexity", "change %", "+- (1 SE)", f"KV bytes at {args.window}", "of full")
+    columns = ("pages", "perplexity", "change %", "+- (1 SE)", f"KV bytes at {args.window}", "of full", "allocated")
     print_table(columns, rows(results))
     for name, error in errors.items():
         print(f"{name} page error: keys {error['keys_all']:.2%}, values {error['values_all']:.2%} (all layers)")
@@ -234,7 +237,7 @@ def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
         [
             name, f"{r['perplexity']:.4f}", f"{100 * r['perplexity_change']:+.3f}",
             "-" if r["nll_change_standard_error"] is None else f"{100 * r['nll_change_standard_error']:.3f}",
-            f"{r['kv_bytes']:,}", f"{r['kv_ratio']:.3f}",
+            f"{r['kv_bytes']:,}", f"{r['kv_ratio']:.3f}", f"{r['kv_bytes_allocated']:,}",
         ]
         for name, r in results.items()
     ]  # fmt: skip

@@ -55,7 +55,7 @@ class Watch(StoppingCriteria):
                     "tokens": input_ids.shape[1],
                     "resident_mb": resident / 1e6,
                     "device_mb": device / 1e6,
-                    "kv_mb": cache.kv_bytes() / 1e6,
+                    "kv_mb": cache.kv_bytes_allocated() / 1e6,
                     "seconds": time.perf_counter() - self.started,
                 }
             )

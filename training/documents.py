@@ -189,13 +189,16 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     return Batch(columns["input_ids"], real, scored, columns["prompt_tokens"])
 
 
-def batches(examples: Sequence[Example], rows: int, positions: int | None = None) -> Iterator[tuple[list[int], Batch]]:
+def batches(
+    examples: Sequence[Example], rows: int, positions: int | None = None, copies: int = 1
+) -> Iterator[tuple[list[int], Batch]]:
     """Batches of documents of like length, with the documents' indices in `examples`, which may lie on disk.
 
-    A batch has at most `rows` documents, from `FEW_ROWS` on no more padding than `MOST_PADDING` of its tokens, and at
-    most `positions` tokens with padding, unless one document alone has more.
+    Every document comes `copies` times; the index of copy c of document d is d * copies + c. A batch has at most `rows`
+    documents, from `FEW_ROWS` on no more padding than `MOST_PADDING` of its tokens, and at most `positions` tokens with
+    padding, unless one document alone has more.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths = [len(example["input_ids"]) for example in examples for _ in range(copies)]
     index: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -204,12 +207,12 @@ def batches(examples: Sequence[Example], rows: int, positions: int | None = None
         too_large = positions is not None and padded > positions
         too_sparse = len(index) >= FEW_ROWS and padded - real > MOST_PADDING * real
         if index and (len(index) == rows or too_large or too_sparse):
-            yield index, make_batch([examples[j] for j in index])
+            yield index, make_batch([examples[j // copies] for j in index])
             index, tokens = [], 0
         index.append(i)
         tokens += lengths[i]
     if index:
-        yield index, make_batch([examples[j] for j in index])
+        yield index, make_batch([examples[j // copies] for j in index])
 
 
 def positions_within(model: PreTrainedModel, logits_bytes: int) -> int:

@@ -144,12 +144,13 @@ def load_examples(
 
 def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, examples: Sequence[Example]) -> Evaluation:
     """Score `plan` on the documents, a batch at a time."""
-    scores = Scorer(model, plan.ladder, examples, ["perplexity"], ROWS).score(plan, name)
+    (scores,) = Scorer(model, plan.ladder, examples, ["perplexity"], ROWS).score(plan, name)
+    assert scores.kv is not None, "one point has its caches to itself"
     ranks = plan.rung_rank()[0].numpy()
     return Evaluation(
         name, plan.settings.block_tokens, len(examples), "completion_mask" in examples[0], int(scores.tokens.sum()),
-        scores.value("perplexity"), scores.mean(ranks), scores.prompt_mean(ranks), scores.kv_bytes,
-        scores.kv_bytes_full, scores.kv_bytes_allocated, scores.ms_per_token,
+        scores.value("perplexity"), scores.mean(ranks), scores.prompt_mean(ranks), scores.kv.text,
+        scores.kv.full, scores.kv.allocated, scores.ms_per_token,
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def percentile_policy(
     operating = Operating.at(float(middle), middle)
     kls = []
     for candidate in with_progress(candidates, "percentile signals", len(candidates)):
-        scores = validation.measure(candidate, calibrated.settings, operating)
+        (scores,) = validation.measure(candidate, calibrated.settings, operating)
         # Candidates land at slightly different mean ranks; a KL that falls like 1/rank makes them comparable.
         kls.append(scores.value("kl") * scores.mean(rung_rank(tasks)))
     best = candidates[int(np.argmin(kls))]

@@ -5,6 +5,8 @@ Shape legend: B rows, T tokens of a block, S signals (in the order of `SIGNALS`)
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,18 @@ def running_mean(mean: Tensor, seen: Tensor, values: Tensor, alpha: float) -> Te
     Linear, so each is one weighted sum: x_i counts alpha (1 - alpha) to the power of the tokens behind it. The first
     value ever is taken whole, as if the mean had been there before.
     """
-    steps = torch.arange(values.shape[1], device=values.device)
+    decay, kept = _decay(values.shape[1], alpha, values.device)
+    first = torch.where(seen, mean, values[:, 0])
+    return first[:, None] * kept[:, None] + (decay[:, :, None] * values[:, None]).sum(2)
+
+
+@lru_cache(maxsize=16)
+def _decay(length: int, alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[T, T] what each value of a block counts at each of its tokens, and [T] what the mean before it does."""
+    steps = torch.arange(length, device=device)
     behind = steps[:, None] - steps
     decay = alpha * torch.pow(1.0 - alpha, behind.clamp(min=0).float()) * (behind >= 0)
-    first = torch.where(seen, mean, values[:, 0])
-    kept = first[:, None] * torch.pow(1.0 - alpha, (steps + 1).float())[:, None]
-    return kept + (decay[:, :, None] * values[:, None]).sum(2)
+    return decay, torch.pow(1.0 - alpha, (steps + 1).float())
 
 
 def smoothed_tokens(smoothed: Smoothed, signals: Tensor, alpha: float) -> Smoothed:
@@ -74,18 +82,22 @@ def would_see(held: Held, gathered: Gathered, tokens: Gathered) -> Held:
     return Held(torch.where(fresh[..., None], stats, held.stats[:, None]), held.valid[:, None] | fresh)
 
 
-def left_over(gathered: Gathered, tokens: Gathered, count: Tensor, opens: Tensor) -> Gathered:
-    """[B, S] what waits for the next opening after a block with `count` [B] real tokens."""
+def left_over(gathered: Gathered, tokens: Gathered, count: Tensor | None, opens: Tensor) -> Gathered:
+    """[B, S] what waits for the next opening after a block with `count` [B] real tokens; None: all of them are."""
     taken = opens.any(1, keepdim=True)
 
     def rest(carried: Tensor, own: Tensor) -> Tensor:
-        return torch.cat([carried[:, MODEL_OUTPUT].masked_fill(taken, 0.0), pick(own, count)], 1)
+        end = own[:, -1] if count is None else pick(own, count)
+        return torch.cat([carried[:, MODEL_OUTPUT].masked_fill(taken, 0.0), end], 1)
 
     return over_tensors(rest, gathered, tokens)
 
 
-def at_end(count: Tensor, tokens: Tensor, carried: Tensor) -> Tensor:
-    """What holds after a block: tokens [B, T, ...] at the last of `count` [B] real ones, or carried [B, ...]."""
+def at_end(count: Tensor | None, tokens: Tensor, carried: Tensor) -> Tensor:
+    """What holds after a block: tokens [B, T, ...] at the last of `count` [B] real ones (None: all of them are), or
+    carried [B, ...] where there is none."""
+    if count is None:
+        return tokens[:, -1]
     some = (count > 0).view(-1, *[1] * (carried.dim() - 1))
     return torch.where(some, pick(tokens, (count - 1).clamp(min=0)), carried)
 

@@ -81,42 +81,58 @@ def token_complexity(values: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-9)
 
 
+@dataclass(frozen=True)
+class Latest:
+    """Of every token the latest opening in its block, itself included."""
+
+    index: Tensor
+    """[B, T] long: its place in the block; 0 where there is none."""
+    there: Tensor
+    """[B, T] bool: there is one; else the chunk from before the block goes on."""
+
+    def holds(self, opened: Tensor, carried: Tensor) -> Tensor:
+        """What holds at each token: opened [B, T, ...] at its opening, or else carried [B, ...]."""
+        shape = (*self.index.shape, *[1] * (opened.dim() - 2))
+        index, there = self.index.view(shape), self.there.view(shape)
+        return torch.where(there, opened.gather(1, index.expand_as(opened)), carried[:, None])
+
+
 def open_block(
     state: State, signals: Tensor, in_prompt: Tensor, real: Tensor, settings: Settings, policy: RankPolicy,
-    constants: Constants,
+    constants: Constants, *, full: bool = False,
 ) -> tuple[State, Opened]:  # fmt: skip
     """Decide for every token of a block that is about to be processed.
 
-    signals [B, T, 2] are the tokens' novelty and prior, in_prompt and real [B, T] bool. Returns the state after the
-    block and what was decided.
+    signals [B, T, 2] are the tokens' novelty and prior, in_prompt and real [B, T] bool; `full` says that none is
+    padding, where the host knows. Returns the state after the block and what was decided.
     """
     steps = torch.arange(real.shape[1], device=real.device)
-    positions, count = state.position[:, None] + steps, real.sum(1)
+    positions, count = state.position[:, None] + steps, None if full else real.sum(1)
     smoothed = smoothed_tokens(state.smoothed, signals, settings.chunk.smoothing)
     complexity = token_complexity(smoothed.mean, smoothed.seen, constants.signal_weights)
     level = levels(state.level, *class_bounds(complexity, settings.chunk, constants.thresholds), real)
     opens, start = openings(state.chunk.start, state.chunk.level, positions, level, real, settings.chunk)
-    # Of every token the index of the block's latest opening, itself included; -1: none, the open chunk goes on.
-    latest = torch.where(opens, steps, -1).cummax(1).values
+    at = torch.where(opens, steps, -1).cummax(1).values
+    latest = Latest(at.clamp(min=0), at >= 0)
 
-    gathered = gathered_tokens(state.gathered, signals, latest)
+    gathered = gathered_tokens(state.gathered, signals, at)
     seen = would_see(state.held, state.gathered, gathered)
     decision = _decide(policy, seen, signals, positions, state.operating.knob)
     wish = _within_start(decision.rung.view_as(positions), state, in_prompt)
-    rung, bucket = _since(latest, wish, state.chunk.rung), state.bucket
+    rung, bucket = latest.holds(wish, state.chunk.rung), state.bucket
     if constants.limited:
         chunk = state.chunk
         rung, bucket = pay(bucket, chunk.rung, chunk.before_rung, wish, opens, positions, start, real, settings)
     scale = decision.scales.view(*rung.shape, -1).gather(2, rung[..., None])[..., 0]
     chunk = _chunks(state.chunk, rung, scale, level, start, positions, latest)
-    held = over_tensors(lambda now, carried: _since(latest, now, carried), seen, state.held)
+    held = over_tensors(latest.holds, seen, state.held)
     weights, active = _weights(chunk, positions, decision.scales.shape[1], settings.fade_tokens)
 
     def after(tokens: Tensor, carried: Tensor) -> Tensor:
         return at_end(count, tokens, carried)
 
     after_block = State(
-        position=state.position + count,
+        position=state.position + (len(steps) if count is None else count),
         level=after(level, state.level),
         smoothed=over_tensors(after, smoothed, state.smoothed),
         gathered=left_over(state.gathered, gathered, count, opens),
@@ -128,12 +144,13 @@ def open_block(
     return after_block, Opened(opens, chunk, held, weights, active)
 
 
-def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settings) -> State:
+def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settings, *, full: bool = False) -> State:
     """Take in the model's signals of the block just processed.
 
-    outputs [B, T, 2] are entropy and attention, real [B, T] bool (False: padding, trailing).
+    outputs [B, T, 2] are entropy and attention, real [B, T] bool (False: padding, trailing); `full` as in `open_block`.
     """
-    count, alpha, smoothed, gathered = real.sum(1), settings.chunk.smoothing, state.smoothed, state.gathered
+    alpha, smoothed, gathered = settings.chunk.smoothing, state.smoothed, state.gathered
+    count = None if full else real.sum(1)
     before, seen = smoothed.mean[:, MODEL_OUTPUT], smoothed.seen[:, MODEL_OUTPUT]
     mean = at_end(count, running_mean(before, seen, outputs, alpha), before)
     mask = real[..., None]
@@ -141,11 +158,12 @@ def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settin
         total=gathered.total[:, MODEL_OUTPUT] + (outputs * mask).sum(1),
         peak=torch.maximum(gathered.peak[:, MODEL_OUTPUT], outputs.masked_fill(~mask, 0.0).amax(1)),
         last=at_end(count, outputs, gathered.last[:, MODEL_OUTPUT]),
-        count=gathered.count[:, MODEL_OUTPUT] + count[:, None],
+        count=gathered.count[:, MODEL_OUTPUT] + (real.shape[1] if count is None else count[:, None]),
     )
+    some = torch.ones_like(seen) if count is None else seen | (count > 0)[:, None]
     return replace(
         state,
-        smoothed=Smoothed(_joined(mean, smoothed.mean), _joined(seen | (count > 0)[:, None], smoothed.seen)),
+        smoothed=Smoothed(_joined(mean, smoothed.mean), _joined(some, smoothed.seen)),
         gathered=over_tensors(_joined, now, gathered),
     )
 
@@ -173,16 +191,16 @@ def _within_start(rung: Tensor, state: State, in_prompt: Tensor) -> Tensor:
 
 
 def _chunks(
-    carried: Chunk, rung: Tensor, scale: Tensor, level: Tensor, start: Tensor, positions: Tensor, latest: Tensor
+    carried: Chunk, rung: Tensor, scale: Tensor, level: Tensor, start: Tensor, positions: Tensor, latest: Latest
 ) -> Chunk:
     """[B, T] each: the chunk of every token; rung and start are that already, scale and level as if it opened there."""
-    scale, level = _since(latest, scale, carried.scale), _since(latest, level, carried.level)
+    scale, level = latest.holds(scale, carried.scale), latest.holds(level, carried.level)
     # A chunk that opens comes from the one of the token before it.
     last_rung = torch.cat([carried.rung[:, None], rung[:, :-1]], 1)
     last_scale = torch.cat([carried.scale[:, None], scale[:, :-1]], 1)
     first = positions == 0
-    before_rung = _since(latest, torch.where(first, rung, last_rung), carried.before_rung)
-    before_scale = _since(latest, torch.where(first, scale, last_scale), carried.before_scale)
+    before_rung = latest.holds(torch.where(first, rung, last_rung), carried.before_rung)
+    before_scale = latest.holds(torch.where(first, scale, last_scale), carried.before_scale)
     return Chunk(start, level, rung, scale, before_rung, before_scale)
 
 
@@ -197,9 +215,3 @@ def _weights(chunk: Chunk, positions: Tensor, rungs: int, fade_tokens: int) -> t
     # lerp is exact at both ends
     weights = torch.lerp(before, target, (age / fade_tokens).clamp(max=1.0)[..., None])
     return weights, torch.where(age < fade_tokens, torch.maximum(chunk.rung, chunk.before_rung), chunk.rung)
-
-
-def _since(latest: Tensor, opened: Tensor, carried: Tensor) -> Tensor:
-    """What holds at each token: opened [B, T, ...] at its latest opening in the block, or else carried [B, ...]."""
-    at = latest.view(*latest.shape, *[1] * (opened.dim() - 2))
-    return torch.where(at >= 0, opened.gather(1, at.clamp(min=0).expand_as(opened)), carried[:, None])

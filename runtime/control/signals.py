@@ -41,23 +41,22 @@ def ngram_novelty(history: Tensor, tokens: Tensor, window: int) -> Tensor:
     n-grams that would begin before the row does are left out; a row's first token is wholly novel. Exact: ids are
     compared, not hashed.
     """
-    reach = max(NGRAMS) - 1
+    longest = max(NGRAMS)
     sequence = torch.cat([history, tokens], dim=1)
-    first = history.shape[1]
     steps = tokens.shape[1]
-    # earlier[b, t, i] for i in [0, window + reach): the tokens just before token t, oldest first.
-    earlier = sequence.unfold(1, window + reach, 1)[:, :steps]
-    matches = torch.ones(1, dtype=torch.bool, device=tokens.device)
-    missing = torch.zeros(tokens.shape, device=tokens.device)
-    counted = torch.zeros(tokens.shape, device=tokens.device)
-    for back in range(max(NGRAMS)):
-        here = sequence[:, first - back : first - back + steps]
-        exists = here != NO_TOKEN
-        matches = matches & (earlier[:, :, reach - back : reach - back + window] == here[..., None]) & exists[..., None]
-        if back + 1 in NGRAMS:
-            missing += (exists & ~matches.any(-1)).float()
-            counted += exists.float()
-    return torch.where(counted > 0, missing / counted.clamp(min=1), torch.ones_like(missing))
+    # own[b, t] and earlier[b, t, w]: the `longest` tokens up to token t, and up to each token of its window.
+    own = sequence[:, 1 - longest - steps :].unfold(1, longest, 1)
+    earlier = sequence.unfold(1, window + longest - 1, 1)[:, :steps].unfold(2, longest, 1)
+    same = earlier == own[:, :, None]
+    matches, seen = same[..., -1], []
+    for length in range(2, longest + 1):
+        matches = matches & same[..., -length]
+        if length in NGRAMS:
+            seen.append(matches)
+    exists = torch.stack([own[..., -length] for length in NGRAMS], -1) != NO_TOKEN
+    counted = exists.sum(-1)
+    missing = (exists & ~torch.stack(seen, -1).any(2)).sum(-1)
+    return torch.where(counted > 0, missing / counted.clamp(min=1), 1.0)
 
 
 def roll_history(history: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -74,12 +73,11 @@ def positional_prior(positions: Tensor, prompt_tokens: Tensor, decay_tokens: int
 
 
 def distant_attention(weights: Tensor, positions: Tensor, recent_pages: int) -> Tensor:
-    """Attention mass on slots before the most recent pages, averaged over heads.
+    """Attention mass on slots before the most recent pages.
 
-    weights [B, H, T, N] softmax over N slots, positions [B, T] -> [B, T] float32 in [0, 1]. The page of the querying
-    token is the first of the recent ones.
+    weights [B, T, N] softmax over N slots, averaged over heads; positions [B, T] -> [B, T] float32 in [0, 1]. The page
+    of the querying token is the first of the recent ones.
     """
     boundary = (positions // PAGE_TOKENS + 1 - recent_pages) * PAGE_TOKENS
     slots = torch.arange(weights.shape[-1], device=weights.device)
-    distant = (slots < boundary[..., None]).to(weights.dtype)
-    return (weights.mean(1) * distant).sum(-1).float().clamp_(0.0, 1.0)
+    return weights.masked_fill(slots >= boundary[..., None], 0.0).sum(-1).float().clamp_(0.0, 1.0)

@@ -65,14 +65,18 @@ class Stream:
         self.sums = Sums(rows, len(policy.rungs), device)
         self.record = Record()
         self._block: Block | None = None
+        self._full = False
+        """No token of the block under way is padding, as far as the host knows."""
 
     @torch.no_grad()
-    def open_block(self, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    def open_block(self, tokens: Tensor, real: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor]:
         """Decide for every token of a block before it is processed.
 
-        tokens [B, T] long, real [B, T] bool with padding trailing. Returns the weights over rungs, [B, T, J] float32
-        (or [B, 1, J], the same for all tokens), and the highest active rung, [B, T] long.
+        tokens [B, T] long, real [B, T] bool with padding trailing; `full` says that there is none, where the host
+        knows. Returns the weights over rungs, [B, T, J] float32 (or [B, 1, J], the same for all tokens), and the
+        highest active rung, [B, T] long.
         """
+        self._full = full
         tokens = torch.where(real, tokens, NO_TOKEN)
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = self.state.position[:, None] + steps
@@ -91,7 +95,7 @@ class Stream:
     def _decide(self, tokens: Tensor, real: Tensor, positions: Tensor, in_prompt: Tensor) -> tuple[Tensor, Tensor]:
         signals = self._token_signals(tokens, real, positions)
         self.state, opened = open_block(
-            self.state, signals, in_prompt, real, self.settings, self.policy, self.constants
+            self.state, signals, in_prompt, real, self.settings, self.policy, self.constants, full=self._full
         )
         chunk, held = opened.chunk, opened.held
         self._block = Block(
@@ -121,7 +125,7 @@ class Stream:
         """
         block = self.block
         outputs = torch.stack([next_token_entropy(logits), attention], dim=-1)
-        self.state = complete_block(self.state, outputs, block.real, self.settings)
+        self.state = complete_block(self.state, outputs, block.real, self.settings, full=self._full)
         values = torch.cat([outputs, block.first], dim=-1)
         all_valid = torch.ones_like(values, dtype=torch.bool)
         complexity = token_complexity(values, all_valid, self.constants.signal_weights)

@@ -6,6 +6,7 @@ Shape legend: B rows, T tokens, J rungs, R directions of a module, r those that 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 def direction_gate(weights: Tensor, reads: Tensor) -> Tensor:
@@ -17,6 +18,12 @@ def direction_gate(weights: Tensor, reads: Tensor) -> Tensor:
     return weights @ reads
 
 
-def lora_delta(x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """B'(g * (A' x)): x [B, T, d_in], a [r, d_in], b [r, d_out], gate [B, T, r] or [B, 1, r] -> [B, T, d_out]."""
-    return ((x.to(a.dtype) @ a.T) * gate.to(a.dtype)) @ b
+def add_lora_(output: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """output += B'(g * (A' x)), in place, in as few launches as PyTorch has for it.
+
+    x [..., d_in], a [r, d_in], b [r, d_out], gate [..., r] or anything that broadcasts to it, all of one dtype; output
+    [..., d_out], contiguous, is returned.
+    """
+    read = linear(x, a).mul_(gate)
+    output.view(-1, output.shape[-1]).addmm_(read.view(-1, read.shape[-1]), b)
+    return output

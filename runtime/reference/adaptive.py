@@ -4,8 +4,9 @@
         model.generate(**inputs)        # stock transformers: samplers, processors, streamers, stopping criteria
         model(input_ids).logits         # perplexity harnesses see the same rank policy
 
-Inside, `model.forward` is the blockwise forward of `run`, every adapted linear has a hook, attention is listened to,
-and `model.generate` brings a paged cache. Nothing else in the model changes, and nothing stays behind.
+Inside, `model.forward` is the blockwise forward of `run`, the forward of every adapted linear adds its gated update,
+attention is listened to, and `model.generate` brings a paged cache. Nothing else in the model changes, and nothing
+stays behind.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def activate(
                 factors = ladder.modules[name]
                 device = next(linear.parameters()).device  # layers may lie on different devices
                 a, b = (half.to(device, model.dtype) for half in (factors.a, factors.b))
-                hook = AdaptedLinear(gate, gate.column[name], a, b)
-                undo.callback(linear.register_forward_hook(hook).remove)
+                forward: Callable[..., Tensor] = linear.forward
+                adapted_forward = AdaptedLinear(forward, gate, gate.column[name], a, b)
+                undo.enter_context(_replaced(linear, "forward", adapted_forward))
         undo.enter_context(_replaced(model, "forward", _adaptive_forward(model, run)))
         undo.enter_context(_replaced(model, "generate", _adaptive_generate(model, run)))
         undo.enter_context(_replaced(model, "prepare_inputs_for_generation", _adaptive_inputs(model)))
@@ -124,17 +126,17 @@ def _claimed(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(model: PreTrainedModel, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give this one model another method; an instance's own (device maps put one there) comes back afterwards."""
-    own = vars(model).get(name)
-    setattr(model, name, method)
+def _replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give this one module another method; an instance's own (device maps put one there) comes back afterwards."""
+    own = vars(module).get(name)
+    setattr(module, name, method)
     try:
         yield
     finally:
         if own is None:
-            delattr(model, name)
+            delattr(module, name)
         else:
-            setattr(model, name, own)
+            setattr(module, name, own)
 
 
 def _adaptive_forward(model: PreTrainedModel, run: AdaptiveRun) -> Callable[..., Any]:

@@ -34,33 +34,34 @@ class AttentionProbe:
         self.positions: Tensor | None = None
         self.reported: set[int] = set()
         """Probed layers heard in this pass."""
-        self._mass: list[Tensor] = []
-        self._received: list[Tensor] = []
+        self._heard: list[Tensor] = []
         self.keeps_received = False
         """Also collect the mass each slot receives (only `sparse` pages need it)."""
 
     def begin(self, positions: Tensor | None) -> None:
         """Start a pass whose query tokens lie at `positions` [B, T], padding at -1; None: do not listen to it."""
         self.listening, self.positions = positions is not None, positions
-        self.reported, self._mass, self._received = set(), [], []
+        self.reported, self._heard = set(), []
 
     def record(self, layer: int, weights: Tensor) -> None:
         """Take in a softmax of one probed layer, [B, H, T, N]; some layers attend more than once."""
-        assert self.positions is not None, "begin() opens every pass"
         self.reported.add(layer)
-        self._mass.append(distant_attention(weights, self.positions, self.recent_pages))
-        if self.keeps_received:
-            real = (self.positions >= 0).to(weights.dtype)
-            self._received.append((weights.mean(1) * real[..., None]).sum(1))
+        self._heard.append(weights.mean(1))
 
     def attention(self) -> Tensor:
         """[B, T] float32 in [0, 1]"""
         assert self.reported == self.layers, "the rehearsal heard every layer"
-        return torch.stack(self._mass).mean(0)
+        assert self.positions is not None, "begin() opens every pass"
+        return distant_attention(self._mean(), self.positions, self.recent_pages)
 
     def received(self) -> Tensor:
         """[B, N] mass that every slot received in this pass."""
-        return torch.stack(self._received).mean(0)
+        assert self.positions is not None, "begin() opens every pass"
+        return (self._mean() * (self.positions >= 0)[..., None]).sum(1)
+
+    def _mean(self) -> Tensor:
+        """[B, T, N] float32: the softmax over heads and probed layers."""
+        return torch.stack(self._heard).float().mean(0)
 
 
 @contextmanager

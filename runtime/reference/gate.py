@@ -1,6 +1,6 @@
 """From weights over rungs to weights over directions, for every adapted linear of one ladder.
 
-The stream's weights, scales folded in, are set before a forward pass; every hooked linear reads them through its
+The stream's weights, scales folded in, are set before a forward pass; every adapted linear reads them through its
 ladder's gate and adds its gated update: one pass over the directions of the active rung, however many rungs a fade
 spans. Rows of other adapters have no weight here. Source: DESIGN section 4.
 
@@ -9,11 +9,14 @@ Shape legend: B rows, T tokens, J rungs, r active directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ladder import Ladder
-from ..ops.reference import direction_gate, lora_delta
+from ..ops.reference import add_lora_, direction_gate
 
 NO_RUNG = -1
 
@@ -53,19 +56,32 @@ class Gate:
 
 
 class AdaptedLinear:
-    """Forward hook of one adapted linear: adds the gated update to what the frozen layer puts out.
+    """The forward of one adapted linear: what the frozen layer puts out, and the gated update added to it.
 
-    A hook changes no module, parameter name or state dict, and serves `nn.Linear` and GPT-2's `Conv1D` alike.
+    It stands in for the layer's `forward` and changes no module, parameter name or state dict; a forward hook would do
+    the same, but PyTorch's way of calling one takes as long as two launches. Serves `nn.Linear` and GPT-2's `Conv1D`
+    alike.
     """
 
-    def __init__(self, gate: Gate, column: int, a: Tensor, b: Tensor) -> None:
-        self.gate, self.column, self.a, self.b = gate, column, a, b
+    def __init__(self, linear: Callable[..., Tensor], gate: Gate, column: int, a: Tensor, b: Tensor) -> None:
+        """`linear` is the frozen layer's own forward."""
+        self.linear, self.gate, self.column, self.a, self.b = linear, gate, column, a, b
+        self._read: tuple[int, torch.dtype, Tensor, Tensor] = (len(a), a.dtype, a, b)
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gate = self.gate.directions(self.column, self.a)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.linear(x, *args, **kwargs)
+        gate, dtype = self.gate.directions(self.column, output), output.dtype
         if gate is None:
             return output
-        rank, x = gate.shape[-1], args[0]
+        rank = gate.shape[-1]
         if x.dim() != gate.dim():  # some models flatten [B, T] on the way
             gate = gate.expand(-1, len(x) // len(gate), -1).reshape(*x.shape[:-1], rank)
-        return output + lora_delta(x, self.a[:rank], self.b[:rank], gate).to(output.dtype)
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        return add_lora_(output, x, *self._directions(rank, dtype), gate)
+
+    def _directions(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first `rank` directions [rank, d_in] and [rank, d_out], kept from one pass to the next."""
+        if self._read[:2] != (rank, dtype):
+            self._read = (rank, dtype, self.a[:rank].to(dtype), self.b[:rank].to(dtype))
+        return self._read[2:]

@@ -24,6 +24,8 @@ class Columns:
     """[B, T] long: which input column each is."""
     positions: Tensor
     """[B, T] long on the host: position in the row, -1 for padding."""
+    full: bool
+    """None is padding."""
 
 
 class Layout:
@@ -79,4 +81,5 @@ class Layout:
         held, counts = torch.tensor(self.cached)[:, None], torch.tensor(self.counts)[:, None]
         positions = torch.where(steps < counts, held + steps, -1)
         part = slice(start, end)
-        return Columns(self.tokens[:, part], self.real[:, part], self.order[:, part], positions)
+        full = end <= min(self.counts)
+        return Columns(self.tokens[:, part], self.real[:, part], self.order[:, part], positions, full)

@@ -191,7 +191,7 @@ class AdaptiveRun:
         stream = cache.stream
         steps = torch.arange(columns.real.shape[1], device=columns.real.device)
         positions = torch.where(columns.real, stream.state.position[:, None] + steps, -1)
-        weights, active = stream.open_block(columns.tokens, columns.real)
+        weights, active = stream.open_block(columns.tokens, columns.real, full=columns.full)
         self._set_gates(weights, self._highest(stream, active.masked_fill(~columns.real, NO_RUNG)), stream)
         cache.begin(columns.positions, self.model.device)
         self.probe.begin(positions if stream.static is None else None)
@@ -232,7 +232,8 @@ class AdaptiveRun:
         """One pass of the first ladder at given rung weights, without cache, signals or decisions: what targets are
         measured with.
 
-        tokens [B, T] long and real [B, T] bool with padding trailing, weights [B, T, J] -> logits [B, T, V].
+        tokens [B, T] long and real [B, T] bool with padding trailing, weights [B, T, J], or [B, 1, J] for all
+        tokens of a row alike -> logits [B, T, V].
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.where(real, steps, -1)

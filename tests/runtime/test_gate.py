@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from policy import FADES, ChunkSettings
 from runtime import build_ladder, load_adapter
@@ -33,6 +32,11 @@ def random_ladder(ranks: list[list[int]], seed: int) -> Ladder:
     return Ladder("test", tuple(range(len(ranks[0]))), ladder.modules, edges, "none")
 
 
+def zeros(x):
+    """A frozen layer that puts out nothing."""
+    return torch.zeros(*x.shape[:-1], 9, dtype=x.dtype)
+
+
 def width(directions):
     """How many directions are read; none of a module without any."""
     return 0 if directions is None else directions.shape[-1]
@@ -57,8 +61,7 @@ def test_gated_update_is_the_weighted_sum_of_rungs(ranks, rows, tokens, seed):
     gate.set(weights, active)
     for m, (name, factors) in enumerate(ladder.modules.items()):
         x = torch.randn(rows, tokens, factors.a.shape[1], generator=generator)
-        hook = AdaptedLinear(gate, gate.column[name], factors.a, factors.b)
-        got = hook(nn.Identity(), (x,), torch.zeros(rows, tokens, 9))
+        got = AdaptedLinear(zeros, gate, gate.column[name], factors.a, factors.b)(x)
         torch.testing.assert_close(got.double(), rung_by_rung(ladder, name, x, weights), **CLOSE)
         # no more directions than the active rung has: what is not needed is not computed
         assert width(gate.directions(gate.column[name], x)) == ranks[m][active]
@@ -89,15 +92,33 @@ def test_input_flattened_by_the_model_is_gated_token_by_token():
     weights = torch.rand(2, 5, 2)
     gate.set(weights, 1)
     factors = ladder.modules["m0"]
-    hook = AdaptedLinear(gate, 0, factors.a, factors.b)
+    adapted = AdaptedLinear(zeros, gate, 0, factors.a, factors.b)
     x = torch.randn(2, 5, 6)
-    expected = hook(nn.Identity(), (x,), torch.zeros(2, 5, 9))
-    assert torch.equal(hook(nn.Identity(), (x.view(10, 6),), torch.zeros(10, 9)), expected.view(10, 9))
+    expected = adapted(x)
+    assert torch.equal(adapted(x.view(10, 6)), expected.view(10, 9))
     # and where all tokens of a row have one gate
     gate.set(weights[:, :1], 1)
-    expected = hook(nn.Identity(), (x,), torch.zeros(2, 5, 9))
-    assert torch.equal(hook(nn.Identity(), (x.view(10, 6),), torch.zeros(10, 9)), expected.view(10, 9))
+    expected = adapted(x)
+    assert torch.equal(adapted(x.view(10, 6)), expected.view(10, 9))
     torch.testing.assert_close(expected.double(), rung_by_rung(ladder, "m0", x, weights[:, :1].expand(-1, 5, -1)))
+
+
+@pytest.mark.parametrize("inner", [torch.float32, torch.bfloat16])
+def test_a_layer_of_another_dtype_is_updated_in_its_own(inner):
+    """Some models keep a few layers in float32; what the layer puts out stays what it is."""
+    ladder = random_ladder([[1, 3]], seed=0)
+    factors, gate, x = ladder.modules["m0"], Gate(ladder, CPU), torch.randn(2, 5, 6)
+    weights = torch.rand(2, 5, 2)
+    stored = torch.bfloat16 if inner == torch.float32 else torch.float32
+    adapted = AdaptedLinear(zeros, gate, 0, factors.a.to(stored), factors.b.to(stored))
+    for active in (1, 0, 1):  # fewer directions in between
+        used = weights.clone()
+        used[..., active + 1 :] = 0
+        gate.set(used, active)
+        found = adapted(x.to(inner))
+        assert found.dtype == inner
+        expected = rung_by_rung(ladder, "m0", x, used)
+        torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
 
 
 CHUNKS = {

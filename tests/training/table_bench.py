@@ -5,6 +5,7 @@ It is what synthetic targets with planted headroom need; it makes no claim about
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +30,13 @@ class TableBench:
     grid: tuple[float, ...]
     rung_rank: Tensor
 
-    def measure(self, policy: RankPolicy, settings: Settings, operating: Operating) -> Scores:
+    def measure(
+        self, policy: RankPolicy, settings: Settings, operating: Operating, name: str | None = None
+    ) -> list[Scores]:
         """Scores from the table; settings and start rung do not matter, the chunks are given."""
-        knobs = operating.for_rows(len(self.samples)).knob
-        decision = policy.decide(Summary.from_features(self.samples.features), knobs)
-        return self.scores(decision.rung, decision.scale)
+        summary = Summary.from_features(self.samples.features)
+        decisions = [policy.decide(summary, knob.expand(len(self.samples))) for knob in operating.knob]
+        return [self.scores(decision.rung, decision.scale) for decision in decisions]
 
     def scores(self, rung: Tensor, scale: Tensor) -> Scores:
         samples, grid = self.samples, torch.tensor(self.grid)
@@ -57,7 +60,10 @@ class TableOracle:
 
     bench: TableBench
 
-    def measure(self, settings: Settings, mean_rank: float, start_rung: int) -> Scores:
+    def measure(self, settings: Settings, mean_ranks: Sequence[float], start_rungs: Sequence[int]) -> list[Scores]:
+        return [self._at(mean_rank) for mean_rank in mean_ranks]
+
+    def _at(self, mean_rank: float) -> Scores:
         samples = self.bench.samples
         rung = oracle_rungs(samples.damage.amin(2), samples.tokens, self.bench.rung_rank, mean_rank)
         best = samples.damage[torch.arange(len(rung)), rung].argmin(1)

@@ -306,12 +306,11 @@ class Recorder:
     def __init__(self):
         self.asked = []
 
-    def measure(self, policy, settings, operating):
-        assert len(operating) == 1
+    def measure(self, policy, settings, operating, name=None):
         assert operating.kv.is_full, "the comparison judges rank alone"
-        knob = float(operating.knob)
-        self.asked.append((int(operating.start_rung), knob))
-        return scores(float(np.interp(knob, range(len(RUNGS)), RUNG_RANK)), 0.1)
+        knobs = operating.knob.tolist()
+        self.asked += zip(operating.start_rung.tolist(), knobs, strict=True)
+        return [scores(float(np.interp(knob, range(len(RUNGS)), RUNG_RANK)), 0.1) for knob in knobs]
 
 
 def test_fixed_rungs_start_at_themselves():

@@ -121,6 +121,27 @@ def test_lambda_depends_on_seed_epoch_and_step_alone(module, make_trainer):
     assert not torch.isin(first, draws(samples, global_seed=0, seed=4)).any()
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_what_is_logged_of_an_epoch_is_the_mean_over_its_chunks(module, make_trainer):
+    """Batches of 16, 16 and 8: each weighs by its chunks."""
+
+    class Keeping(PolicyFit):
+        def objective(self, *batch):
+            parts = super().objective(*batch)
+            self.kept.append((float(parts["kl"]), len(batch[0])))
+            return parts
+
+    keeping = Keeping(module.policy, SCALES, RANKS, RUNG_MS, learning_rate=1e-2, seed=0)
+    keeping.kept = []
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(keeping, loader(chunk_samples(torch.maximum, 40, seed=1), 16, seed=0))
+    last = keeping.kept[-3:]
+    assert sorted(size for _, size in last) == [8, 16, 16]
+    mean = sum(kl * size for kl, size in last) / 40
+    assert float(trainer.callback_metrics["train/kl"]) == pytest.approx(mean, rel=1e-5)
+    assert mean != pytest.approx(sum(kl for kl, _ in last) / 3, rel=1e-5), "otherwise sizes do not matter"
+
+
 def test_batches_are_shuffled_by_seed_and_epoch_alone():
     samples = chunk_samples(torch.maximum, 40, seed=0)
 

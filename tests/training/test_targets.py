@@ -51,14 +51,17 @@ def logits_of(model, ids, **kwargs):
 def test_token_kl_is_the_definition():
     generator = torch.Generator().manual_seed(0)
     full, other = torch.randn(2, 5, 30, generator=generator)
-    torch.testing.assert_close(token_kl(Exact.of(full), other).double(), kl(full, other), atol=1e-6, rtol=1e-5)
-    assert (token_kl(Exact.of(full), full) >= 0).all()
+    torch.testing.assert_close(
+        token_kl(Exact.of(full), other.log_softmax(-1)).double(), kl(full, other), atol=1e-6, rtol=1e-5
+    )
+    assert (token_kl(Exact.of(full), full.log_softmax(-1)) >= 0).all()
     # and where there is next to none: KL falls with the square of what the logits are off by
     close = full + 1e-3 * other
     expected = kl(full.double(), close.double())
     assert expected.max() < 1e-5
     # float32 knows a log-probability of 4 nats to 2.4e-7
-    torch.testing.assert_close(token_kl(Exact.of(full), close).double(), expected, atol=2.4e-7, rtol=0)
+    found = token_kl(Exact.of(full), close.log_softmax(-1)).double()
+    torch.testing.assert_close(found, expected, atol=2.4e-7, rtol=0)
 
 
 def test_the_damage_table_equals_what_pefts_adapters_give(full_rank_run, ladder, make_example, peft_model):

@@ -129,13 +129,22 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
 
     around(AdaptiveRun, "_run", passed)
 
-    def measure(held_out, policy, settings, operating):
+    def measure(held_out, policy, settings, operating, name=None):
         documents = [example for scorer in held_out.scorers for example in scorer.examples]
-        entry = {"stage": tape.stage, "policy": policy, "knob": float(operating.knob[0]), "documents": documents,
-                 "start": int(operating.start_rung[0]), "settings": settings,
-                 "budget": operating.budget.tolist()}  # fmt: skip
-        tape.measured.append(entry)
-        return lambda scores: entry.update(scores=scores)
+        columns = (operating.knob, operating.start_rung, operating.budget)
+        points = zip(*(column.tolist() for column in columns), strict=True)
+        entries = [
+            {"stage": tape.stage, "policy": policy, "documents": documents, "settings": settings,
+             "knob": knob, "start": start, "budget": budget}
+            for knob, start, budget in points
+        ]  # fmt: skip
+        tape.measured.extend(entries)
+
+        def note(found):
+            for entry, scores in zip(entries, found, strict=True):
+                entry.update(scores=scores)
+
+        return note
 
     around(HeldOut, "measure", measure)
 
@@ -266,12 +275,12 @@ def test_nobody_is_held_to_a_budget_but_the_learned_policy_as_served(wired):
     assert [(e["knob"], e["start"]) for e in capped] == [(e["knob"], e["start"]) for e in learned]
     assert all(e["policy"] is learned[0]["policy"] for e in capped)
     assert [splits(tape, e["documents"]) for e in capped] == [{"test"}] * aims
-    assert [e["budget"][0] for e in capped] == pytest.approx(cost[:-1], abs=1e-6)
+    assert [e["budget"] for e in capped] == pytest.approx(cost[:-1], abs=1e-6)
     # and they keep it: with the bucket's slack, on every document
     for entry in capped:
         spent = (entry["scores"].rungs + entry["scores"].prompt_rungs) @ np.array(cost)
         tokens = entry["scores"].rungs.sum(1) + entry["scores"].prompt_rungs.sum(1)
-        assert (spent <= entry["budget"][0] * (tokens + SLACK_TOKENS) + 1e-6).all()
+        assert (spent <= entry["budget"] * (tokens + SLACK_TOKENS) + 1e-6).all()
 
 
 def test_every_policy_is_judged_with_the_calibrated_settings(wired):
@@ -356,12 +365,12 @@ def test_no_test_document_is_run_before_the_comparison(wired):
     assert splits(tape, seen) == {"train", "validation"}
 
 
-def response_decisions(entry):
-    """What one run decided on, and the rungs it took, where no start rung steps in: that caps prompts, and stands
-    until the model has put something out."""
-    columns = entry["record"]
+def response_decisions(entry, rows):
+    """What these rows of a run decided on, and the rungs they took, where no start rung steps in: that caps prompts,
+    and stands until the model has put something out."""
+    columns = {name: column[rows] for name, column in entry["record"].items()}
     free = columns["held_valid"][..., SIGNALS.index("entropy")] & (
-        columns["positions"] >= entry["prompt_tokens"][:, None]
+        columns["positions"] >= entry["prompt_tokens"][rows, None]
     )
     chosen = columns["opens"] & columns["real"] & free
     seen = Summary(*(columns[name][chosen] for name in ("held", "held_valid", "first", "positions")))
@@ -369,11 +378,12 @@ def response_decisions(entry):
 
 
 def test_percentile_gives_harder_chunks_the_higher_rungs(wired):
-    """Within one run the knob is one number, so the rung can only rise with what the thresholds are on."""
+    """At one knob the rung can only rise with what the thresholds are on."""
     tape, _, _ = wired
     moved = 0
-    for entry in (p for p in tape.passes if p["stage"] == "percentile"):
-        seen, rungs = response_decisions(entry)
+    runs = [(p, knob) for p in tape.passes if p["stage"] == "percentile" for knob in set(p["knob"])]
+    for entry, knob in runs:
+        seen, rungs = response_decisions(entry, torch.tensor([own == knob for own in entry["knob"]]))
         value, known = entry["policy"].value(seen)
         order = value[known].argsort()
         assert (rungs[known][order].diff() >= 0).all()

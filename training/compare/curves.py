@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from policy.contract import RankPolicy
@@ -22,7 +23,6 @@ from policy.operating import Operating
 from policy.settings import Settings
 
 from ..learn.calibrate import calibrate_knob, knob_grid
-from ..progress import with_progress
 from .scorer import Scores
 
 KNOB_POINTS = 6
@@ -31,15 +31,17 @@ KNOB_POINTS = 6
 class Bench(Protocol):
     """Measures policies on a fixed set of documents."""
 
-    def measure(self, policy: RankPolicy, settings: Settings, operating: Operating) -> Scores:
-        """Scores of a policy where every row may spend `operating`."""
+    def measure(
+        self, policy: RankPolicy, settings: Settings, operating: Operating, name: str | None = None
+    ) -> list[Scores]:
+        """Scores of a policy at every row of `operating`; `name` shows a progress bar."""
 
 
 class OracleBench(Protocol):
     """Measures the oracle on a fixed set of documents."""
 
-    def measure(self, settings: Settings, mean_rank: float, start_rung: int) -> Scores:
-        """Scores of the oracle whose mean rank is about `mean_rank`."""
+    def measure(self, settings: Settings, mean_ranks: Sequence[float], start_rungs: Sequence[int]) -> list[Scores]:
+        """Scores of the oracle at about each of `mean_ranks`."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,9 @@ def rank_and_kl(scores: Scores, rung_rank: np.ndarray, documents: np.ndarray | N
 
 def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench) -> Curve:
     """Every rung but the top, which is exact."""
-    points = []
-    aims = range(len(policy.rungs) - 1)
-    for rung in with_progress(aims, "fixed on test", len(aims)):
-        points.append(Point(float(rung), test.measure(policy, settings, Operating.at(float(rung), rung))))
-    return Curve("fixed", tuple(points))
+    aims = torch.arange(len(policy.rungs) - 1)
+    found = test.measure(policy, settings, Operating.at(aims.float(), aims), "fixed on test")
+    return Curve("fixed", _points(aims.float().tolist(), found))
 
 
 def policy_curve(
@@ -110,9 +110,9 @@ def policy_curve(
     costs: dict[float, float] = {}
 
     def sweep(knobs: Sequence[float], starts: Sequence[int]) -> KnobCurve:
-        pairs = list(zip(knobs, starts, strict=True))
-        for knob, start in with_progress(pairs, f"{name} on validation", len(pairs)):
-            costs[knob] = validation.measure(policy, settings, Operating.at(knob, start)).mean(cost)
+        operating = Operating.at(torch.tensor(knobs), torch.tensor(starts))
+        found = validation.measure(policy, settings, operating, f"{name} on validation")
+        costs.update({knob: scores.mean(cost) for knob, scores in zip(knobs, found, strict=True)})
         cheap, dear = policy.knob_range()
         ordered = sorted(costs, reverse=cheap > dear)
         return calibrate_knob(ordered, [costs[knob] for knob in ordered])
@@ -121,11 +121,11 @@ def policy_curve(
     knobs = knob_grid(policy, KNOB_POINTS)
     curve = sweep(knobs, np.linspace(0, len(policy.rungs) - 1, KNOB_POINTS).round().astype(int).tolist())
     curve = sweep([curve.knob(float(cost[rung])) for rung in targets], list(targets))
-    points = []
-    for rung in with_progress(targets, f"{name} on test", len(targets)):
-        knob = curve.knob(float(cost[rung]))
-        points.append(Point(knob, test.measure(policy, settings, Operating.at(knob, rung))))
-    return Curve(name, tuple(points), curve, policy.config())
+    knobs = [curve.knob(float(cost[rung])) for rung in targets]
+    operating = Operating.at(torch.tensor(knobs), torch.tensor(targets))
+    return Curve(
+        name, _points(knobs, test.measure(policy, settings, operating, f"{name} on test")), curve, policy.config()
+    )
 
 
 def capped_curve(
@@ -136,17 +136,18 @@ def capped_curve(
     The comparison itself lets every policy spend as it likes, so that equal means are equal; a served row has to keep
     its budget on every text.
     """
-    points, pairs = [], list(zip(curve.points, targets, strict=True))
-    for point, rung in with_progress(pairs, f"{curve.name}, capped, on test", len(pairs)):
-        assert point.knob is not None, "only a policy with a knob is served at one"
-        operating = Operating.at(point.knob, rung, budget=float(cost[rung]))
-        points.append(Point(point.knob, test.measure(policy, settings, operating)))
-    return Curve("capped", tuple(points), config=curve.config)
+    knobs = [point.knob for point in curve.points if point.knob is not None]
+    budgets = torch.tensor([cost[rung] for rung in targets], dtype=torch.float64)
+    operating = Operating.at(torch.tensor(knobs), torch.tensor(targets), budget=budgets)
+    found = test.measure(policy, settings, operating, f"{curve.name}, capped, on test")
+    return Curve("capped", _points(knobs, found), config=curve.config)
 
 
 def oracle_curve(settings: Settings, oracle: OracleBench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:
     """The oracle at the mean rank of every rung index in `targets`."""
-    points = []
-    for rung in with_progress(targets, "oracle on test", len(targets)):
-        points.append(Point(None, oracle.measure(settings, float(rung_rank[rung]), rung)))
-    return Curve("oracle", tuple(points))
+    found = oracle.measure(settings, [float(rung_rank[rung]) for rung in targets], targets)
+    return Curve("oracle", _points([None] * len(found), found))
+
+
+def _points(knobs: Sequence[float | None], found: Sequence[Scores]) -> tuple[Point, ...]:
+    return tuple(Point(knob, scores) for knob, scores in zip(knobs, found, strict=True))

@@ -2,7 +2,8 @@
 
 No table of uniform runs stands in for a mixed run here: every number comes from logits of the model while the policy
 moved between rungs. Per document, so that a bootstrap can resample documents. `fit` and `evaluate` score here and
-nowhere else; what is measured is a registry, `MEASURES`.
+nowhere else; what is measured is a registry, `MEASURES`. Several points of one policy, each what a row may spend, are
+scored in shared batches: a row gets there what it gets alone.
 
 Shape legend: D documents, B rows of a batch, T tokens, V vocabulary, J rungs.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from runtime.control.record import Keep, count_rungs
 from runtime.ladder import Ladder
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
+from runtime.reference.run import AdaptiveCache
 
-from ..documents import Batch, Example, batches, positions_within
+from ..documents import Example, batches, make_batch, positions_within
 from ..progress import with_progress
 from ..targets.damage import Exact, token_kl
 
@@ -41,26 +43,51 @@ class Measure:
     """A number per scored token, summed over a document, and what is reported of the sum over all documents."""
 
     tokens: Callable[[Tensor, Tensor, Exact | None], Tensor]
-    """(logits [N, V], following tokens [N], exact distributions [N, V]) of the scored tokens -> [N]."""
+    """(log-probabilities [N, V], following tokens [N], exact distributions [N, V]) of the scored tokens -> [N]."""
     value: Callable[[float], float]
     """From the mean per scored token to the number that is reported."""
     against_full: bool
     """Whether it needs the exact distributions."""
 
 
-def _kl(logits: Tensor, following: Tensor, exact: Exact | None) -> Tensor:
+def _kl(log_p: Tensor, following: Tensor, exact: Exact | None) -> Tensor:
     assert exact is not None, "a measure against the full rank is given it"
-    return token_kl(exact, logits)
+    return token_kl(exact, log_p)
 
 
-def _nll(logits: Tensor, following: Tensor, exact: Exact | None) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), following, reduction="none")
+def _nll(log_p: Tensor, following: Tensor, exact: Exact | None) -> Tensor:
+    return torch.nn.functional.nll_loss(log_p, following, reduction="none")
 
 
 MEASURES = {
     "kl": Measure(_kl, float, against_full=True),
     "perplexity": Measure(_nll, lambda nats: float(np.exp(nats)), against_full=False),
 }
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """What KV caches hold."""
+
+    text: int
+    """Keys and values of the tokens, in the formats of their pages."""
+    full: int
+    """The same tokens in the model's own dtype."""
+    allocated: int
+    """Storage, room to spare included."""
+
+    @staticmethod
+    def of(cache: AdaptiveCache) -> KVBytes:
+        """Of one cache, as it is now."""
+        return KVBytes(cache.kv_bytes(), cache.kv_bytes_full(), cache.kv_bytes_allocated())
+
+    @staticmethod
+    def together(parts: Sequence[KVBytes | None]) -> KVBytes | None:
+        """Of all parts; None where one of them is."""
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return KVBytes(*(sum(getattr(part, name) for part in known) for name in ("text", "full", "allocated")))
 
 
 @dataclass(frozen=True)
@@ -75,16 +102,12 @@ class Scores:
     """[D, J] scored tokens whose active rung was j."""
     prompt_rungs: np.ndarray
     """[D, J] prompt tokens whose active rung was j."""
-    kv_bytes: int = 0
-    """Keys and values of all documents, each at its end, in the formats of their pages."""
-    kv_bytes_full: int = 0
-    """The same tokens in the model's own dtype."""
-    kv_bytes_allocated: int = 0
-    """Storage of all documents' caches, room to spare included."""
+    kv: KVBytes | None = None
+    """Of all documents' caches, each at its end; None where several points shared them."""
     processed: int = 0
     """Real tokens that went through the model, prompts included."""
     ms: float = field(default=0.0, compare=False)
-    """Wall time of these forwards, a batch of rows at a time."""
+    """Wall time of these forwards, a batch of rows at a time, shared among its rows."""
 
     @property
     def ms_per_token(self) -> float:
@@ -118,20 +141,18 @@ class Scores:
             tokens=joined("tokens"),
             rungs=joined("rungs"),
             prompt_rungs=joined("prompt_rungs"),
-            kv_bytes=sum(part.kv_bytes for part in parts),
-            kv_bytes_full=sum(part.kv_bytes_full for part in parts),
-            kv_bytes_allocated=sum(part.kv_bytes_allocated for part in parts),
+            kv=KVBytes.together([part.kv for part in parts]),
             processed=sum(part.processed for part in parts),
             ms=sum(part.ms for part in parts),
         )
 
 
-PlanFor = Callable[[Sequence[int]], RunPlan]
-"""The plan for a batch of these documents; only an oracle's differs from batch to batch."""
+PlanFor = Callable[[list[int], list[int]], RunPlan]
+"""(documents [B], points [B]) -> the plan of a batch whose rows are these documents at these points."""
 
 
 class Scorer:
-    """One adapter's documents, with their full-rank log-probabilities where a measure asks for them."""
+    """One adapter's documents, with the exact adapter's distributions where a measure asks for them."""
 
     def __init__(
         self,
@@ -145,55 +166,97 @@ class Scorer:
         self.measures = {name: MEASURES[name] for name in measures}
         self._exact: dict[int, Exact] = {}
 
-    def score(self, plan: RunPlan | PlanFor, name: str | None = None) -> Scores:
-        """Scores of one plan; `name` shows a progress bar."""
+    def score(self, plan: RunPlan, name: str | None = None) -> list[Scores]:
+        """Scores of a plan at every row of its `operating`; `name` shows a progress bar."""
+
+        def batch_plan(documents: list[int], points: list[int]) -> RunPlan:
+            return replace(plan, operating=plan.operating.select(torch.tensor(points)))
+
+        return self.score_with(batch_plan, len(plan.operating), name)
+
+    def score_with(self, plan_for: PlanFor, points: int, name: str | None = None) -> list[Scores]:
+        """Scores of `points` points, whose runs share batches: `plan_for` makes the plan of each."""
         docs = len(self.examples)
-        sums = {measure: np.zeros(docs) for measure in self.measures}
-        tokens, rungs, prompt_rungs = np.zeros(docs), [np.zeros(0)] * docs, [np.zeros(0)] * docs
-        kv_bytes = kv_bytes_full = kv_bytes_allocated = processed = 0
-        seconds = 0.0
-        made = batches(self.examples, self.rows, positions_within(self.model, LOGITS_BYTES))
+        found = [_Sums(docs, list(self.measures)) for _ in range(points)]
+        made = batches(self.examples, self.rows, positions_within(self.model, LOGITS_BYTES), points)
         if name is not None:
-            made = with_progress(made, name, docs, lambda item: len(item[0]))
-        for number, (index, batch) in enumerate(made):
+            made = with_progress(made, name, docs * points, lambda item: len(item[0]))
+        for index, batch in made:
+            documents, at = [i // points for i in index], [i % points for i in index]
             batch = batch.to(self.model.device)
             scored = batch.scored.bool()
-            exact = self._exact_at(number, batch, scored)
+            exact = self._exact_of(documents)
             started = time.perf_counter()
-            with activate(self.model, plan(index) if callable(plan) else plan, keep=Keep.RUNGS) as run:
+            with activate(self.model, plan_for(documents, at), keep=Keep.RUNGS) as run:
                 cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
                 logits = run.logits_at(batch.tokens, batch.real, cache, scored)
             # Reading a number waits for the device, so that the clock sees the whole forward.
-            processed += int(batch.real.sum())
-            seconds += time.perf_counter() - started
-            owner, following = scored.nonzero()[:, 0], batch.tokens.roll(-1, 1)[scored]
-            for measure, chosen in self.measures.items():
-                values = chosen.tokens(logits, following, exact).double()
-                total = values.new_zeros(len(index)).index_add_(0, owner, values)
-                sums[measure][index] = total.cpu().numpy()
-            tokens[index] = scored.sum(1).cpu().numpy()
+            lengths, tokens = batch.real.sum(1).tolist(), scored.sum(1).tolist()
+            seconds = time.perf_counter() - started
+            values = self._measured(logits, batch.tokens.roll(-1, 1)[scored], tokens, exact)
             active, count = cache.stream.active_rungs(), len(cache.stream.policy.rungs)
-            for where, into in ((scored, rungs), (batch.prompt(), prompt_rungs)):
-                for document, counts in zip(index, count_rungs(active, where, count).cpu().numpy(), strict=True):
-                    into[document] = counts
-            kv_bytes += cache.kv_bytes()
-            kv_bytes_full += cache.kv_bytes_full()
-            kv_bytes_allocated += cache.kv_bytes_allocated()
-        by_rung = np.stack(rungs), np.stack(prompt_rungs)
-        return Scores(sums, tokens, *by_rung, kv_bytes, kv_bytes_full, kv_bytes_allocated, processed, 1000 * seconds)
+            rungs, prompt_rungs = (
+                count_rungs(active, where, count).cpu().numpy() for where in (scored, batch.prompt())
+            )
+            for row, (document, point) in enumerate(zip(documents, at, strict=True)):
+                mine = found[point]
+                for measure, by_row in values.items():
+                    mine.sums[measure][document] = by_row[row]
+                mine.tokens[document] = tokens[row]
+                mine.rungs[document], mine.prompt_rungs[document] = rungs[row], prompt_rungs[row]
+                mine.processed += lengths[row]
+                mine.ms += 1000 * seconds / len(index)
+            for sums in found:
+                sums.kv.append(KVBytes.of(cache) if points == 1 else None)
+        return [sums.scores() for sums in found]
 
-    def _exact_at(self, number: int, batch: Batch, scored: Tensor) -> Exact | None:
-        """The exact adapter's distributions at the scored tokens [B, T] of a batch, where a measure asks for them."""
+    def _measured(
+        self, logits: Tensor, following: Tensor, tokens: Sequence[int], exact: Sequence[Exact | None]
+    ) -> dict[str, list[float]]:
+        """Sums of every measure, row by row, each with its `tokens` of logits [N, V] and following tokens [N].
+
+        One row at a time: its distributions stay in a CPU's cache.
+        """
+        sums: dict[str, list[Tensor]] = {name: [] for name in self.measures}
+        for own, next_tokens, full in zip(logits.split(tokens), following.split(tokens), exact, strict=True):
+            log_p = own.float().log_softmax(-1)
+            for name, measure in self.measures.items():
+                sums[name].append(measure.tokens(log_p, next_tokens, full).double().sum())
+        return {name: torch.stack(values).tolist() for name, values in sums.items()}
+
+    def _exact_of(self, documents: Sequence[int]) -> list[Exact | None]:
+        """The exact adapter's distributions at the scored tokens of these documents, where a measure asks for them."""
         if not any(measure.against_full for measure in self.measures.values()):
-            return None
-        if number in self._exact:
-            return self._exact[number]
+            return [None] * len(documents)
+        missing = [document for document in dict.fromkeys(documents) if document not in self._exact]
+        made = self._run_exact(missing) if missing else {}
+        for document, exact in made.items():
+            if sum(kept.nbytes for kept in self._exact.values()) + exact.nbytes <= KEPT_BYTES:
+                self._exact[document] = exact
+        return [made[document] if document in made else self._exact[document] for document in documents]
+
+    def _run_exact(self, documents: list[int]) -> dict[int, Exact]:
+        batch = make_batch([self.examples[document] for document in documents]).to(self.model.device)
+        scored = batch.scored.bool()
         with activate(self.model, static_plan(self.ladder, self.ladder.rungs[-1])) as run:
-            cache = run.new_cache(len(batch.tokens))
-            exact = Exact.of(run.logits_at(batch.tokens, batch.real, cache, scored))
-        if sum(kept.nbytes for kept in self._exact.values()) + exact.nbytes <= KEPT_BYTES:
-            self._exact[number] = exact
-        return exact
+            logits = run.logits_at(batch.tokens, batch.real, run.new_cache(len(documents)), scored)
+        parts = logits.split(scored.sum(1).tolist())
+        return {document: Exact.of(part) for document, part in zip(documents, parts, strict=True)}
+
+
+class _Sums:
+    """The scores of one point while they are added up."""
+
+    def __init__(self, documents: int, measures: Sequence[str]) -> None:
+        self.sums = {measure: np.zeros(documents) for measure in measures}
+        self.tokens = np.zeros(documents)
+        self.rungs, self.prompt_rungs = [np.zeros(0)] * documents, [np.zeros(0)] * documents
+        self.kv: list[KVBytes | None] = []
+        self.processed, self.ms = 0, 0.0
+
+    def scores(self) -> Scores:
+        by_rung = np.stack(self.rungs), np.stack(self.prompt_rungs)
+        return Scores(self.sums, self.tokens, *by_rung, KVBytes.together(self.kv), self.processed, self.ms)
 
 
 @dataclass(frozen=True)
@@ -202,7 +265,10 @@ class HeldOut:
 
     scorers: tuple[Scorer, ...]
 
-    def measure(self, policy: RankPolicy, settings: Settings, operating: Operating) -> Scores:
-        """Scores of one policy where every row may spend `operating`, over the documents of all tasks."""
+    def measure(
+        self, policy: RankPolicy, settings: Settings, operating: Operating, name: str | None = None
+    ) -> list[Scores]:
+        """Scores of one policy at every row of `operating`, over the documents of all tasks."""
         plans = [RunPlan((scorer.ladder,), policy, settings, operating) for scorer in self.scorers]
-        return Scores.concatenate([scorer.score(plan) for scorer, plan in zip(self.scorers, plans, strict=True)])
+        found = [scorer.score(plan, name) for scorer, plan in zip(self.scorers, plans, strict=True)]
+        return [Scores.concatenate(parts) for parts in zip(*found, strict=True)]

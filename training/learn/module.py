@@ -61,6 +61,7 @@ class PolicyFit(L.LightningModule):
         super().__init__()
         self.policy = policy
         self.learning_rate, self.seed = learning_rate, seed
+        self._steps: list[tuple[dict[str, Tensor], int]] = []
         self.register_buffer("grid", torch.tensor(scales), persistent=False)
         self.register_buffer("rung_rank", rung_rank, persistent=False)
         self.register_buffer("rung_ms", rung_ms, persistent=False)
@@ -88,8 +89,16 @@ class PolicyFit(L.LightningModule):
         low, high = self.policy.log_lambda_range
         log_lambda = (low + (high - low) * torch.rand(len(tokens), generator=generator)).to(self.device)
         parts = self.objective(features, damage, tokens, log_lambda)
-        self._log("train", parts, len(tokens))
+        self._steps.append(({name: value.detach() for name, value in parts.items()}, len(tokens)))
         return parts["loss"]
+
+    def on_train_epoch_end(self) -> None:
+        """Log means over the epoch's chunks: Lightning's bookkeeping of every step would take as long as the step."""
+        steps, self._steps = self._steps, []
+        sizes = torch.tensor([float(size) for _, size in steps], device=self.device)
+        columns = {name: torch.stack([parts[name] for parts, _ in steps]) for name in steps[0][0]}
+        means = {name: (column * sizes).sum() / sizes.sum() for name, column in columns.items()}
+        self._log("train", means, int(sizes.sum()))
 
     def validation_step(self, batch: list[Tensor], index: int) -> None:
         features, damage, tokens = batch
@@ -107,11 +116,23 @@ class PolicyFit(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
+class _Chunks(TensorDataset):
+    """Tensors of chunks, read a batch at a time: one by one costs more than the step that uses them."""
+
+    def __getitems__(self, index: list[int]) -> list[Tensor]:
+        rows = torch.tensor(index)
+        return [tensor[rows] for tensor in self.tensors]
+
+
 def loader(samples: Samples, batch_chunks: int, *, seed: int | None = None) -> DataLoader[Any]:
     """Batches of (features, damage, tokens); with a seed, shuffled by (seed, epoch) alone."""
-    dataset = TensorDataset(samples.features, samples.damage, samples.tokens)
+    dataset = _Chunks(samples.features, samples.damage, samples.tokens)
     if seed is None:
-        return DataLoader(dataset, batch_size=len(dataset))
+        return DataLoader(dataset, batch_size=len(dataset), collate_fn=_as_read)
     # One replica: on several devices each sees all of these few thousand chunks, and the shuffle stays reproducible.
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
-    return DataLoader(dataset, batch_size=batch_chunks, sampler=sampler)
+    return DataLoader(dataset, batch_size=batch_chunks, sampler=sampler, collate_fn=_as_read)
+
+
+def _as_read(batch: list[Tensor]) -> list[Tensor]:
+    return batch

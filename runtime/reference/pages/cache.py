@@ -1,9 +1,10 @@
 """The paged cache as a `transformers.Cache`: what an attention layer writes to and reads from.
 
-This is the plain-PyTorch reference for CPU and GPU. Every pass gathers all pages of a batch into dense keys and values
-of the model's dtype, one gather per format and layer; a fused kernel would read the pages where they are. So it saves
-memory held between passes, not bytes read in one, and during a layer's attention that layer's keys and values exist
-once more in full (the price of running on any `AutoModelForCausalLM`).
+This is the plain-PyTorch reference for CPU and GPU. Full pages that lie in order (one sequence, nothing compressed) are
+read where they are. Of any others every pass gathers all of a batch into dense keys and values of the model's dtype,
+one gather per format and layer; a fused kernel would read the pages where they are. So it saves memory held between
+passes, not bytes read in one, and during a layer's attention that layer's keys and values exist once more in full (the
+price of running on any `AutoModelForCausalLM`).
 
 One pass: `begin` (host: claim pages, say where everything goes) -> the model's forward, `update` in every layer ->
 optionally `add_attention_mass` -> `settle` (pages that left the window get their format, freed memory is returned).
@@ -83,7 +84,8 @@ class PagedLayer(CacheLayerMixin):
             tokens = {name: x.index_select(1, made.columns) for name, x in tokens.items()}
         pool.write_tokens(made.slots, tokens)
         if made.dense:
-            pages = pool.read(made.reads[0].source)
+            (read,) = made.reads
+            pages = pool.read(read.source) if read.first is None else pool.view(read.first, len(read.source))
             keys, values = pages["keys"], pages["values"]
         else:
             keys, values = (_zero_pages(x, made.batch * made.pages) for x in (key_states, value_states))

@@ -22,6 +22,8 @@ class Read:
     code: int
     target: Tensor
     source: Tensor
+    first: int | None = None
+    """Where `source` is this page and those behind it in order: they can be read where they lie."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ class Pass:
     """Claimed pages that this pass leaves partly unwritten and that therefore must be zeroed first."""
     reads: tuple[Read, ...]
     dense: bool
-    """Every page of every row is full precision: one gather is the whole result."""
+    """Every page of every row is full precision: one gather, or none, is the whole result."""
 
     def to(self, device: torch.device) -> Pass:
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else device_ids(x, device)
 
-        reads = tuple(Read(r.code, device_ids(r.target, device), device_ids(r.source, device)) for r in self.reads)
+        reads = tuple(
+            replace(r, target=device_ids(r.target, device), source=device_ids(r.source, device)) for r in self.reads
+        )
         slots = device_ids(self.slots, device)
         return replace(self, columns=move(self.columns), slots=slots, fresh=move(self.fresh), reads=reads)
 

@@ -99,6 +99,10 @@ class PagePool:
         """Copies of the pages `ids`, int64 [N]."""
         return {name: part.index_select(1, ids) for name, part in self.parts.items()}
 
+    def view(self, first: int, pages: int) -> Parts:
+        """The pages themselves, not copies: `pages` of them from number `first` on."""
+        return {name: part[:, first : first + pages] for name, part in self.parts.items()}
+
     def write(self, ids: Tensor, parts: Parts) -> None:
         """Overwrite the pages `ids`, int64 [N]."""
         for name, part in self.parts.items():

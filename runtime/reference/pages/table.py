@@ -164,7 +164,7 @@ class PageTable:
         if self._reads is None:
             flat, index = self.formats.flatten(), self.index.flatten().long()
             found = [(code, (flat == code).nonzero().flatten()) for code in STORED]
-            self._reads = tuple(Read(code, target, index[target]) for code, target in found if len(target))
+            self._reads = tuple(_read(code, target, index[target]) for code, target in found if len(target))
         return self._reads
 
     def visible(self) -> Tensor:
@@ -281,6 +281,12 @@ class PageTable:
         if self.kept is not None:
             other.kept = PagePool(self.kept.read(device_ids(sources[SPARSE], self.device)))
         return other, sources
+
+
+def _read(code: int, target: Tensor, source: Tensor) -> Read:
+    first = int(source[0])
+    in_order = torch.equal(source, torch.arange(first, first + len(source)))
+    return Read(code, target, source, first if in_order else None)
 
 
 def _pages_for(tokens: int) -> int:
