@@ -128,7 +128,7 @@ def test_what_is_logged_of_an_epoch_is_the_mean_over_its_chunks(module, make_tra
     class Keeping(PolicyFit):
         def objective(self, *batch):
             parts = super().objective(*batch)
-            self.kept.append((float(parts["kl"]), len(batch[0])))
+            self.kept.append((float(parts["kl"].detach()), len(batch[0])))
             return parts
 
     keeping = Keeping(module.policy, SCALES, RANKS, RUNG_MS, learning_rate=1e-2, seed=0)

@@ -57,12 +57,12 @@ def token_kl(exact: Exact, log_q: Tensor) -> Tensor:
     return torch.linalg.vecdot(exact.p, torch.sub(exact.log_p, log_q)).clamp_(min=0.0)
 
 
-def rows_kl(exact: Exact, logits: Tensor) -> Tensor:
-    """KL of every row against one exact distribution per token: logits [B, T, V] -> [B, T].
+def rows_kl(exact: Exact, logits: Tensor) -> list[Tensor]:
+    """KL of every row against one exact distribution per token: logits [B, T, V] -> B times [T], on the host.
 
     Row by row: on a CPU, memory that is fresh each time costs more than the arithmetic in it.
     """
-    return torch.stack([token_kl(exact, row.float().log_softmax(-1)) for row in logits])
+    return [token_kl(exact, row.float().log_softmax(-1)).cpu() for row in logits]
 
 
 @torch.no_grad()
@@ -83,15 +83,15 @@ def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) 
         length = len(tokens)
         rows = max(1, positions_within(run.model, LOGITS_BYTES) // length)
         exact: Exact | None = None
-        kls = []
+        kls: list[Tensor] = []
         for part in weights.split(rows):
             ids = tokens.expand(len(part), -1)
             logits = run.gated(ids, torch.ones_like(ids, dtype=torch.bool), part[:, None])
             if exact is None:
                 exact, logits = Exact.of(logits[0]), logits[1:]
-            kls.append(rows_kl(exact, logits).cpu())
+            kls += rows_kl(exact, logits)
         table = torch.zeros(length, rungs, grid)
-        table[:, :-1] = torch.cat(kls).view(rungs - 1, grid, length).permute(2, 0, 1)
+        table[:, :-1] = torch.stack(kls).view(rungs - 1, grid, length).permute(2, 0, 1)
         tables.append(table)
     return tables
 
@@ -142,5 +142,5 @@ def later_damage(run: AdaptiveRun, example: Example, start: int, end: int, horiz
     weights[:, :, -1] = 1.0
     weights[:, start:end] = torch.eye(rungs, device=run.model.device)[:, None]
     logits = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights)
-    kl = rows_kl(Exact.of(logits[-1]), logits).cpu()
+    kl = torch.stack(rows_kl(Exact.of(logits[-1]), logits))
     return kl[:, start:end].sum(1), kl[:, end:].sum(1)
