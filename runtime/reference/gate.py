@@ -59,8 +59,7 @@ class AdaptedLinear:
     """The forward of one adapted linear: what the frozen layer puts out, and the gated update added to it.
 
     It stands in for the layer's `forward` and changes no module, parameter name or state dict; a forward hook would do
-    the same, but PyTorch's way of calling one takes as long as two launches. Serves `nn.Linear` and GPT-2's `Conv1D`
-    alike.
+    the same in more of PyTorch's own Python. Serves `nn.Linear` and GPT-2's `Conv1D` alike.
     """
 
     def __init__(self, linear: Callable[..., Tensor], gate: Gate, column: int, a: Tensor, b: Tensor) -> None:

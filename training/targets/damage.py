@@ -57,12 +57,15 @@ def token_kl(exact: Exact, log_q: Tensor) -> Tensor:
     return torch.linalg.vecdot(exact.p, torch.sub(exact.log_p, log_q)).clamp_(min=0.0)
 
 
-def rows_kl(exact: Exact, logits: Tensor) -> list[Tensor]:
-    """KL of every row against one exact distribution per token: logits [B, T, V] -> B times [T], on the host.
+def rows_kl(exact: Exact, logits: Tensor) -> Tensor:
+    """KL of every row against one exact distribution per token: logits [B, T, V] -> [B, T].
 
     Row by row: on a CPU, memory that is fresh each time costs more than the arithmetic in it.
     """
-    return [token_kl(exact, row.float().log_softmax(-1)).cpu() for row in logits]
+    found = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    for row, kl in zip(logits, found, strict=True):
+        kl.copy_(token_kl(exact, row.float().log_softmax(-1)))
+    return found
 
 
 @torch.no_grad()
@@ -89,9 +92,9 @@ def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) 
             logits = run.gated(ids, torch.ones_like(ids, dtype=torch.bool), part[:, None])
             if exact is None:
                 exact, logits = Exact.of(logits[0]), logits[1:]
-            kls += rows_kl(exact, logits)
+            kls.append(rows_kl(exact, logits))
         table = torch.zeros(length, rungs, grid)
-        table[:, :-1] = torch.stack(kls).view(rungs - 1, grid, length).permute(2, 0, 1)
+        table[:, :-1] = torch.cat(kls).cpu().view(rungs - 1, grid, length).permute(2, 0, 1)
         tables.append(table)
     return tables
 
@@ -142,5 +145,5 @@ def later_damage(run: AdaptiveRun, example: Example, start: int, end: int, horiz
     weights[:, :, -1] = 1.0
     weights[:, start:end] = torch.eye(rungs, device=run.model.device)[:, None]
     logits = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights)
-    kl = torch.stack(rows_kl(Exact.of(logits[-1]), logits))
+    kl = rows_kl(Exact.of(logits[-1]), logits).cpu()
     return kl[:, start:end].sum(1), kl[:, end:].sum(1)
