@@ -26,7 +26,7 @@ from .oracle import OraclePolicy
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
 from .settings import (
-    DEFAULT_RUNGS,
+    DEFAULT_SHARES,
     FADES,
     FULL_KV,
     MODEL_SIGNALS,
@@ -42,7 +42,7 @@ from .settings import (
 )
 
 __all__ = [
-    "DEFAULT_RUNGS",
+    "DEFAULT_SHARES",
     "FADES",
     "FULL_KV",
     "KINDS",

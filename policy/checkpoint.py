@@ -50,7 +50,7 @@ from .operating import Operating
 from .percentile import PercentilePolicy
 from .random import RandomPolicy
 from .reading import Shapes, read_json, read_shapes, shapes_of
-from .rungs import MOST_RUNGS, rung_shares, rungs_at_shares
+from .rungs import MOST_RUNGS, Rung, rungs_at_shares, same_shares
 from .schema1 import upgrade_record, upgrade_tensors
 from .settings import FULL_KV, Settings
 
@@ -73,6 +73,8 @@ _FIELDS = (
 _PRINTS = Entries({"model": Text(), "adapter": Text(), "ladder": Maybe(Text()), "shared": Flag()})
 _COST_TOLERANCE = 1e-6
 """Costs are float32 shares of bytes; a user's 8 / 48 must still reach the rung that costs it."""
+
+_OWN_LADDER = "pass the folder `ladder` that the fit wrote beside the policy as --adapter"
 
 _Value = TypeVar("_Value")
 
@@ -164,14 +166,11 @@ class PolicyCheckpoint:
             least = f"at least {self.cost[0]:.6g}, which the smallest rung {self.policy.rungs[0]} costs"
             raise refused(name, least, budget, "raise it, or fit a policy with a lower rung")
 
-    def rungs_for(self, rank: int) -> tuple[int, ...]:
-        """The rungs of an adapter of `rank`: the policy's own, or for a `shared` policy the same shares of `rank`.
-
-        Raises ValueError where a share is no whole number of directions.
-        """
+    def rungs_for(self, rank: Rung) -> tuple[Rung, ...]:
+        """The rungs of an adapter of `rank`: the policy's own, or for a `shared` policy the same shares of `rank`."""
         return rungs_at_shares(self.policy.rungs, rank) if self.fingerprints["shared"] else self.policy.rungs
 
-    def check(self, *, model: str, adapter: str, rungs: Sequence[int], ladder: str | None = None) -> None:
+    def check(self, *, model: str, adapter: str, rungs: Sequence[Rung], ladder: str | None = None) -> None:
         """Raise ValueError unless the policy fits this model, adapter, rungs and (where both have one) ladder.
 
         A `shared` policy fits every adapter of the model whose rungs are the same shares of its rank.
@@ -181,22 +180,17 @@ class PolicyCheckpoint:
             raise ValueError(
                 f"model: expected fingerprint {own['model']}, got {model}; load the base model the policy was fitted to"
             )
-        given, wanted = tuple(rungs), self.policy.rungs
-        if not (given == wanted or (own["shared"] and rung_shares(given) == rung_shares(wanted))):
-            raise ValueError(
-                f"rungs: expected {self.policy.rungs}, got {tuple(rungs)}; build the ladder with the policy's rungs"
-            )
-        if own["shared"]:
-            return
-        if adapter != own["adapter"]:
+        if adapter != own["adapter"] and not own["shared"]:
             raise ValueError(
                 f"adapter: expected fingerprint {own['adapter']}, got {adapter}; "
                 "load the adapter the policy was fitted to, or fit one policy and mark it shared"
             )
-        if ladder is not None and own["ladder"] is not None and ladder != own["ladder"]:
-            raise ValueError(
-                f"ladder: expected fingerprint {own['ladder']}, got {ladder}; use the ladder the policy was fitted to"
-            )
+        given, wanted = tuple(rungs), self.policy.rungs
+        if not (given == wanted or (own["shared"] and same_shares(given, wanted))):
+            raise ValueError(f"rungs: expected {wanted}, got {given}; {_OWN_LADDER}")
+        known = ladder is not None and own["ladder"] is not None and not own["shared"]
+        if known and ladder != own["ladder"]:
+            raise ValueError(f"ladder: expected fingerprint {own['ladder']}, got {ladder}; {_OWN_LADDER}")
 
     def save(self, folder: str | Path) -> None:
         """Write both files into `folder`, replacing those of an earlier save and touching nothing else there.
@@ -310,7 +304,7 @@ class PolicyCheckpoint:
             raise ValueError(f"metrics: expected JSON values and finite numbers, got {error}; convert them") from None
 
 
-def _rebuild(kind: str, rungs: Sequence[int], config: Mapping[str, Any], device: str) -> RankPolicy:
+def _rebuild(kind: str, rungs: Sequence[Rung], config: Mapping[str, Any], device: str) -> RankPolicy:
     """A policy of this kind whose tensors are still to be loaded; the random generator is left as it was."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         return KINDS[kind](rungs, **config)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .limits import Entries, Limit
-from .rungs import checked_rungs
+from .rungs import Rung, checked_rungs
 from .settings import SIGNALS, STATS, TOKEN_SIGNALS
 
 
@@ -89,9 +89,9 @@ class RankPolicy(nn.Module, ABC):
     """Whether a decision depends on the summary; without, a row runs at one rung from its first token to its last."""
     CONFIG: ClassVar[Mapping[str, Limit]] = {}
     """Constructor arguments that are JSON values, each with its limit; tensors belong in the state dict."""
-    rungs: tuple[int, ...]
+    rungs: tuple[Rung, ...]
 
-    def __init__(self, rungs: Sequence[int], **config: Any) -> None:
+    def __init__(self, rungs: Sequence[Rung], **config: Any) -> None:
         super().__init__()
         self.rungs = checked_rungs(rungs)
         self._config: dict[str, Any] = Entries(self.CONFIG).take("", config)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
-from .rungs import nearest_rung, rung_scales
+from .rungs import Rung, nearest_rung, rung_scales
 
 
 class FixedPolicy(RankPolicy):
@@ -21,7 +21,7 @@ class FixedPolicy(RankPolicy):
     looks: ClassVar[bool] = False
     scales: Tensor
 
-    def __init__(self, rungs: Sequence[int], scales: Tensor | None = None) -> None:
+    def __init__(self, rungs: Sequence[Rung], scales: Tensor | None = None) -> None:
         super().__init__(rungs)
         self.register_buffer("scales", rung_scales(len(self.rungs), scales))
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .contract import Decision, RankPolicy, Summary
 from .limits import Limit, Number, Several, Whole, refused
+from .rungs import Rung
 
 _GROWTH = 6.0
 """|h| stays below this: one chunk's damage differs from the average by at most a factor exp(6) = 403."""
@@ -61,7 +62,7 @@ class LearnedPolicy(RankPolicy):
 
     def __init__(
         self,
-        rungs: Sequence[int],
+        rungs: Sequence[Rung],
         hidden: int = 48,
         scale_range: float = 0.3,
         log_lambda_range: tuple[float, float] = (-14.0, 7.0),

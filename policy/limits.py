@@ -179,8 +179,8 @@ class Several(Limit):
         if not listed or not self.least <= len(value) <= self.most:
             raise refused(name, self, value)
         found = tuple(self.of.take(f"{name}[{i}]", entry) for i, entry in enumerate(value))
-        falls = any(b < a or (self.distinct and a == b) for a, b in pairwise(found))
-        if falls and (self.ascending or self.distinct):
+        ordered = self.ascending or self.distinct
+        if ordered and any(b < a or (self.distinct and a == b) for a, b in pairwise(found)):
             raise refused(name, self, value)
         return found
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
-from .rungs import rung_scales
+from .rungs import Rung, rung_scales
 
 
 class OraclePolicy(RankPolicy):
@@ -25,7 +25,7 @@ class OraclePolicy(RankPolicy):
     rung: Tensor
     scales: Tensor
 
-    def __init__(self, rungs: Sequence[int], rung: Tensor, scales: Tensor | None = None) -> None:
+    def __init__(self, rungs: Sequence[Rung], rung: Tensor, scales: Tensor | None = None) -> None:
         super().__init__(rungs)
         if rung.ndim != 2 or rung.numel() == 0:
             raise ValueError(f"rung: expected a non-empty schedule [B, N], got shape {tuple(rung.shape)}")

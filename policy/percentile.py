@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
 from .limits import Choice, Limit, refused
-from .rungs import SPREAD, nearest_rung, rung_scales
+from .rungs import SPREAD, Rung, nearest_rung, rung_scales
 from .settings import SIGNALS, STATS, SignalWeights
 
 COMPLEXITY = "complexity"
@@ -46,7 +46,7 @@ class PercentilePolicy(RankPolicy):
 
     def __init__(
         self,
-        rungs: Sequence[int],
+        rungs: Sequence[Rung],
         signal: str,
         grid: Tensor | None = None,
         scales: Tensor | None = None,
@@ -66,7 +66,7 @@ class PercentilePolicy(RankPolicy):
     def calibrate(
         cls,
         values: Tensor,
-        rungs: Sequence[int],
+        rungs: Sequence[Rung],
         signal: str,
         scales: Tensor | None = None,
         spread: float = 2.0,

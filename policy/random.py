@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .contract import Decision, RankPolicy, Summary
 from .limits import Limit, Whole
-from .rungs import SPREAD, nearest_rung, rung_scales
+from .rungs import SPREAD, Rung, nearest_rung, rung_scales
 
 _Number = TypeVar("_Number", int, Tensor)
 _MASK = 0xFFFFFFFF
@@ -45,7 +45,7 @@ class RandomPolicy(RankPolicy):
     CONFIG: ClassVar[Mapping[str, Limit]] = {"seed": Whole(-(2**63), 2**63 - 1), "spread": SPREAD}
     scales: Tensor
 
-    def __init__(self, rungs: Sequence[int], seed: int, spread: float = 2.0, scales: Tensor | None = None) -> None:
+    def __init__(self, rungs: Sequence[Rung], seed: int, spread: float = 2.0, scales: Tensor | None = None) -> None:
         super().__init__(rungs, seed=seed, spread=spread)
         self.seed: int = self._config["seed"]
         self.spread: float = self._config["spread"]

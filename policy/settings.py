@@ -25,7 +25,8 @@ STATS = ("mean", "max", "last")
 """What a chunk's summary keeps of each signal, in the order of every tensor that has a statistics axis."""
 
 FADES = (1, 4, 8, 16)
-DEFAULT_RUNGS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+DEFAULT_SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
+"""Default rungs, in shares of the adapter's bytes; the last is the exact adapter."""
 PAGE_TOKENS = 16
 PAGE_ACTIONS = ("full", "int8", "int4", "sparse", "dropped")
 

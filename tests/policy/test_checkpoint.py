@@ -370,18 +370,26 @@ def test_check_accepts_what_it_was_fitted_to() -> None:
     shared.check(model="m-1", adapter="another", rungs=RUNGS, ladder="another")
 
 
+THE_FITS_LADDER = "pass the folder `ladder` that the fit wrote beside the policy as --adapter$"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "m-2"}, "model: expected fingerprint m-1, got m-2; load the base model the policy was fitted to"),
         ({"adapter": "a-2"}, "adapter: expected fingerprint a-1, got a-2; load the adapter the policy was fitted to"),
-        ({"rungs": (2, 4)}, r"rungs: expected \(2, 4, 8, 16\), got \(2, 4\); build the ladder with the policy's rungs"),
-        ({"ladder": "l-2"}, "ladder: expected fingerprint l-1, got l-2; use the ladder the policy was fitted to"),
+        ({"rungs": (2, 4)}, rf"rungs: expected \(2, 4, 8, 16\), got \(2, 4\); {THE_FITS_LADDER}"),
+        ({"ladder": "l-2"}, f"ladder: expected fingerprint l-1, got l-2; {THE_FITS_LADDER}"),
+        (
+            {"adapter": "a-2", "rungs": (1, 2), "ladder": "l-2"},
+            "adapter: expected fingerprint a-1, got a-2; load the adapter",
+        ),
     ],
 )
 def test_check_refuses_anything_else(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         checkpoint().check(**({"model": "m-1", "adapter": "a-1", "rungs": RUNGS} | changes))
+    assert "\n" not in str(caught.value)
 
 
 def test_budget_goes_through_the_curve() -> None:
@@ -461,11 +469,41 @@ def test_a_shared_policy_serves_other_ranks_at_the_same_shares() -> None:
     assert shared.rungs_for(16) == RUNGS
     assert shared.rungs_for(64) == (8, 16, 32, 64)
     shared.check(model="m-1", adapter="another", rungs=(8, 16, 32, 64))
-    with pytest.raises(ValueError, match=r"whole shares, got 12; use an adapter whose rank is a multiple of 8"):
-        shared.rungs_for(12)
+    assert shared.rungs_for(12) == (1.5, 3, 6, 12)
+    shared.check(model="m-1", adapter="another", rungs=(1.5, 3, 6, 12))
     with pytest.raises(ValueError, match=r"rungs: expected \(2, 4, 8, 16\), got \(8, 32, 48, 64\)"):
         shared.check(model="m-1", adapter="another", rungs=(8, 32, 48, 64))
     assert checkpoint().rungs_for(64) == RUNGS, "one adapter's own rungs stay what they are"
+
+
+def test_shares_are_the_same_but_for_rounding() -> None:
+    """Thirds of a rank have no float; neither has what a user writes of them."""
+    shared = checkpoint(
+        "fixed", policy=FixedPolicy((1, 2, 3)), curve=None, cost=(1 / 3, 2 / 3, 1), latency=None,
+        fingerprints=PRINTS | {"shared": True},
+    )  # fmt: skip
+    assert shared.rungs_for(8) == (8 / 3, 16 / 3, 8)
+    for rungs in ((8 / 3, 16 / 3, 8), (2.666667, 5.333333, 8), (10 / 3, 20 / 3, 10)):
+        shared.check(model="m-1", adapter="another", rungs=rungs)
+    for rungs in ((2.6667, 5.3334, 8), (8 / 3, 8), (3, 5, 8)):
+        with pytest.raises(ValueError, match=r"rungs: expected \(1, 2, 3\), got "):
+            shared.check(model="m-1", adapter="another", rungs=rungs)
+
+
+def test_rungs_may_be_fractional_and_whole_ones_are_written_as_such(tmp_path: Path) -> None:
+    rungs = (0.25, 0.75, 1.0, 8)
+    saved = checkpoint(policy=LearnedPolicy(rungs), cost=(1 / 32, 3 / 32, 1 / 8, 1), latency=None, default_budget=1 / 8)
+    saved.save(tmp_path / "policy")
+    text = (tmp_path / "policy" / "policy.json").read_text()
+    assert [*map(json.dumps, json.loads(text)["rungs"])] == ["0.25", "0.75", "1", "8"]
+    loaded = PolicyCheckpoint.load(tmp_path / "policy")
+    assert loaded.policy.rungs == rungs
+    assert [*map(type, loaded.policy.rungs)] == [float, float, int, int]
+    assert loaded.policy.cost.tolist() == [1 / 32, 3 / 32, 1 / 8, 1], "the rung's share of the top"
+    with pytest.raises(ValueError, match=r"budget: expected at least 0.03125, which the smallest rung 0.25 costs"):
+        loaded.operating([1 / 64], [0])
+    edit(tmp_path / "policy", lambda record: record.update(rungs=[0.25, 0.75, 1.0, 8.0]))
+    assert PolicyCheckpoint.load(tmp_path / "policy").policy.rungs == rungs
 
 
 OLD_SIGNALS = ("entropy", "novelty", "attention", "prior")

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import DEFAULT_RUNGS, LearnedPolicy, Summary
+from policy import LearnedPolicy, Summary
+from policy.rungs import rungs_of_rank
 
+DEFAULT_RUNGS = rungs_of_rank(64)
 RUNGS = len(DEFAULT_RUNGS)
 COST = torch.tensor(DEFAULT_RUNGS) / 64
 
@@ -142,8 +144,8 @@ def test_calibration_takes_constant_features_and_damage_that_rises() -> None:
         ({"hidden": 0}, r"hidden: expected a whole number in \[1, 8192\], got 0"),
         ({"scale_range": 1.0}, r"scale_range: expected a number in \[0, 1\), got 1.0"),
         ({"log_lambda_range": (1, 0)}, r"log_lambda_range: expected a list of 2, strictly ascending, .*, got \(1, 0\)"),
-        ({"cost": torch.ones(2)}, r"cost: expected 10 ascending numbers in \[0, 1\] ending in 1"),
-        ({"cost": torch.linspace(1, 0, RUNGS)}, r"cost: expected 10 ascending numbers in \[0, 1\] ending in 1"),
+        ({"cost": torch.ones(2)}, r"cost: expected 9 ascending numbers in \[0, 1\] ending in 1"),
+        ({"cost": torch.linspace(1, 0, RUNGS)}, r"cost: expected 9 ascending numbers in \[0, 1\] ending in 1"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
@@ -161,7 +163,7 @@ def test_one_rung_is_no_choice() -> None:
 def test_bad_training_data_is_refused() -> None:
     policy = LearnedPolicy(DEFAULT_RUNGS)
     features, damage = planted(5)
-    with pytest.raises(ValueError, match=r"expected \[N, 18\] and \[N, 10\], got \(5, 18\) and \(5, 9\)"):
+    with pytest.raises(ValueError, match=r"expected \[N, 18\] and \[N, 9\], got \(5, 18\) and \(5, 8\)"):
         policy.calibrate(features, damage[:, 1:])
     damage[0, 0] = float("nan")
     with pytest.raises(ValueError, match="features, damage: expected finite numbers"):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policy import (
-    DEFAULT_RUNGS,
     SIGNALS,
     FixedPolicy,
     LearnedPolicy,
@@ -24,7 +23,9 @@ from policy import (
     Summary,
 )
 from policy.random import uniform_hash
+from policy.rungs import rungs_of_rank
 
+DEFAULT_RUNGS = rungs_of_rank(64)
 RUNGS = len(DEFAULT_RUNGS)
 SCALES = torch.cat([torch.linspace(1.2, 1.05, RUNGS - 1), torch.ones(1)])
 ROWS, LENGTH = 64, 200
@@ -212,9 +213,9 @@ def test_fixed_takes_the_nearest_rung(knob: float, rung: int) -> None:
 @pytest.mark.parametrize(
     ("scales", "message"),
     [
-        (torch.ones(3), r"scales: expected shape \(10,\), one per rung, got \(3,\)"),
-        (torch.cat([torch.zeros(1), torch.ones(9)]), "scales: expected positive finite numbers"),
-        (torch.full((10,), 1.1), "scales: expected 1 at the top rung, which is exact, got 1.1"),
+        (torch.ones(3), r"scales: expected shape \(9,\), one per rung, got \(3,\)"),
+        (torch.cat([torch.zeros(1), torch.ones(8)]), "scales: expected positive finite numbers"),
+        (torch.full((9,), 1.1), "scales: expected 1 at the top rung, which is exact, got 1.1"),
     ],
 )
 def test_bad_scales_are_refused(scales: Tensor, message: str) -> None:
@@ -347,7 +348,7 @@ def test_oracle_replays_its_schedule_by_row_and_position() -> None:
     ("rung", "message"),
     [
         (torch.zeros(2, 0).long(), r"rung: expected a non-empty schedule \[B, N\], got shape \(2, 0\)"),
-        (torch.full((1, 1), RUNGS), r"rung: expected indices in \[0, 9\], got 10 to 10"),
+        (torch.full((1, 1), RUNGS), r"rung: expected indices in \[0, 8\], got 9 to 9"),
     ],
 )
 def test_a_bad_schedule_is_refused(rung: Tensor, message: str) -> None:
