@@ -28,6 +28,7 @@ from data import load_documents
 from policy.fixed import FixedPolicy
 from policy.limits import Whole
 from policy.operating import Operating
+from policy.rungs import Rung
 from policy.settings import FULL_KV, MOST_TOKENS, PAGE_TOKENS, KVSettings, Settings
 from runtime import build_ladder, load_adapter, load_model, load_tokenizer
 from runtime.command import one_line_errors
@@ -80,7 +81,7 @@ def no_adapter(model: PreTrainedModel) -> Ladder:
     return build_ladder(Adapter(Path(), None, {name: zeros}), [0])
 
 
-def plan(ladder: Ladder, rung: int, kv: KVSettings) -> RunPlan:
+def plan(ladder: Ladder, rung: Rung, kv: KVSettings) -> RunPlan:
     """One rung throughout; the default blocks, so that pages settle as they would in use."""
     index = ladder.rung_index(rung)
     settings = Settings(fade_tokens=1, kv=kv)
@@ -194,7 +195,7 @@ def benchmark(args: argparse.Namespace) -> None:
     Whole(PAGE_TOKENS, context_limit(model) or MOST_TOKENS).take("--window", args.window)
     ids = windows(args.model, args.text, args.window, args.max_tokens)
     ladder = build_ladder(load_adapter(args.adapter)) if args.adapter else no_adapter(model)
-    rung = ladder.rungs[-1] if args.adapter else 0
+    rung: Rung = ladder.rungs[-1] if args.adapter else 0
     text_name = args.text_name or args.text.name
     adapter_name = Path(args.adapter).name if args.adapter else None
     print(f"{model_name}, adapter {adapter_name}, {text_name}: {len(ids)} windows of {args.window}, {args.dtype}")

@@ -38,6 +38,11 @@ def adapter_fingerprint(adapter: Adapter) -> str:
     return _digest(config, halves)
 
 
+def sampled(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits over names, shapes and a sample of the values of tensors that are not all empty."""
+    return _digest({}, ((name, tensor) for name, tensor in tensors if tensor.numel()))
+
+
 def _digest(config: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in tensors:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
+from ..packing import pack, unpack
+
 FORMATS = ("none", "full", "int8", "int4", "sparse", "dropped")
 """What a page can be, in the order of the codes of a page table; `none` is a page that does not exist (yet)."""
 
@@ -61,15 +63,14 @@ def dequantise(codes: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> Te
 def pack_int4(codes: Tensor) -> Tensor:
     """Two codes in [-7, 7] per byte: [..., T, D] int8 -> [..., T/2, D] uint8, token t below token t + T/2.
 
-    Packing along tokens works for every head size, odd ones too, and unpacks without interleaving.
+    Packing along tokens works for every head size, odd ones too.
     """
-    low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-2)
-    return low | (high << 4)
+    return pack(codes + 8, 4, dim=-2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The inverse of `pack_int4`: [..., T/2, D] uint8 -> [..., T, D] int8."""
-    return torch.cat((packed & 15, packed >> 4), dim=-2).to(torch.int8) - 8
+    return unpack(packed, 4, 2 * packed.shape[-2], dim=-2).to(torch.int8) - 8
 
 
 def keep_heaviest(mass: Tensor, keep: int) -> Tensor:

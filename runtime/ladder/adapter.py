@@ -81,12 +81,14 @@ class LoraSettings:
 
     def rank(self, module: str) -> int:
         """The rank of a module, by its path."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        rank: int = _by_pattern(self.rank_pattern, module, self.r)
+        return rank
 
     def scale(self, module: str) -> float:
         """What multiplies B A of a module: alpha / r, or alpha / sqrt(r) under rsLoRA."""
         rank = self.rank(module)
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        alpha: float = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Rungs written back as plain PEFT adapters: PEFT loads them and computes what the runtime computes at that rung."""
+"""Rungs written back: PEFT loads them and computes what the runtime computes at that rung; packed, they stay small."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from policy import (
     FULL_KV,
@@ -18,15 +20,32 @@ from policy import (
     RandomPolicy,
     Settings,
 )
-from runtime import adaptive, build_ladder, export, export_policy, export_rung, load_adapter
+from runtime import (
+    adaptive,
+    build_ladder,
+    export,
+    export_policy,
+    export_rung,
+    generate,
+    load_adapter,
+    load_ladder,
+    open_ladder,
+    save_ladder,
+)
+from runtime.export import export_packed, folder_bytes
 from runtime.export.__main__ import main
 from runtime.fingerprint import model_fingerprint
-from runtime.ladder import LadderFactors
-from runtime.ladder.adapter import CONFIG_NAME
+from runtime.ladder import Directions
+from runtime.ladder.adapter import CONFIG_NAME, WEIGHTS_NAME
+from runtime.ladder.formats import wide_rows
+from runtime.ladder.store import RECORD, TENSORS
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
+from tests.runtime.coded import coded_ladder, two_bank_ladder
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
+GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12, "min_new_tokens": 12}
+CODED_RUNGS = (0.5, 1, 2, 4)
 # Exported folders do not say that GPT-2's linears are transposed; PEFT looks at the model and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
 
@@ -85,6 +104,159 @@ def test_ranks_that_differ_by_module(
         torch.testing.assert_close(model(tokens).logits, expected, **LOGITS)
 
 
+def narrow(adapter):
+    return replace(
+        adapter, modules={n: replace(f, a=f.a.bfloat16(), b=f.b.bfloat16()) for n, f in adapter.modules.items()}
+    )
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("rung", CODED_RUNGS)
+@pytest.mark.parametrize("build", [coded_ladder, two_bank_ladder])
+def test_a_rung_in_fewer_bits_leaves_decoded(
+    build, rung, uniform, llama_adapter, peft_load, tiny_llama_factory, tokens, tmp_path
+):
+    ladder = build(load_adapter(llama_adapter), CODED_RUNGS)
+    exported = export_rung(ladder, rung, tmp_path / "rung", uniform=uniform)
+    expected = peft_logits(peft_load, tiny_llama_factory(), exported, tokens)
+    model = tiny_llama_factory()
+    with activate(model, static_plan(ladder, rung)):
+        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    written = load_adapter(exported)
+    ranks = ladder.rank_table[ladder.rung_index(rung)].tolist()
+    assert written.rank == max(ranks), "a rank is the number of directions, whatever their bits"
+    if not uniform:
+        read = {name: rank for name, rank in zip(ladder.modules, ranks, strict=True) if rank}
+        assert {name: factors.rank for name, factors in written.modules.items()} == read
+    with adaptive(model, exported):
+        torch.testing.assert_close(model(tokens).logits, expected, **LOGITS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [16, 5.6])
+def test_the_top_rung_leaves_as_the_adapter_itself(dtype, alpha, make_peft_adapter, tiny_llama_factory, tmp_path):
+    adapter = load_adapter(make_peft_adapter(tiny_llama_factory, tmp_path / "adapter", alpha=alpha))
+    adapter = narrow(adapter) if dtype == torch.bfloat16 else adapter
+    written = load_adapter(export_rung(coded_ladder(adapter), 8, tmp_path / "rung"))
+    for name, factors in adapter.modules.items():
+        own = written.modules[name]
+        assert own.scale == 1
+        assert torch.equal(own.a.float(), factors.a.float())
+        assert torch.equal(own.b.float(), (factors.scale * factors.b.double()).float())
+        # The scale 0.7 takes B out of 16 bits; both are written in one dtype.
+        assert own.a.dtype == own.b.dtype == (dtype if alpha == 16 else torch.float32)
+
+
+def test_a_16_bit_rung_is_written_in_16_bits_where_they_hold_it(llama_adapter, tmp_path):
+    adapter = narrow(load_adapter(llama_adapter))
+    svd, coded = build_ladder(adapter, (4,)), coded_ladder(adapter)
+    cases = {
+        "svd": (svd, {}, torch.bfloat16),
+        "svd in a power of two": (svd, {"scale": 0.5}, torch.bfloat16),
+        "svd at a scale": (svd, {"scale": 1.1}, torch.float32),
+        "svd as told": (svd, {"scale": 1.1, "dtype": torch.bfloat16}, torch.bfloat16),
+        "decoded": (coded, {}, torch.float32),
+    }
+    for name, (ladder, options, dtype) in cases.items():
+        written = load_adapter(export_rung(ladder, 4, tmp_path / name, **options))
+        assert {x.dtype for f in written.modules.values() for x in (f.a, f.b)} == {dtype}, name
+    rung = {name: ladder.update(name, 0)[0] for ladder in (svd,) for name in svd.modules}
+    for name, factors in load_adapter(tmp_path / "svd").modules.items():
+        assert torch.equal(factors.a.float(), rung[name])
+
+
+@pytest.mark.parametrize("rung", CODED_RUNGS)
+@pytest.mark.parametrize("build", [coded_ladder, two_bank_ladder])
+def test_a_packed_rung_is_small_and_serves_the_same_tokens(
+    build, rung, llama_adapter, tiny_llama_factory, tokens, tmp_path
+):
+    ladder = build(load_adapter(llama_adapter), CODED_RUNGS)
+    whole = save_ladder(ladder, tmp_path / "whole")
+    folder = export_packed(load_ladder(whole), tmp_path / "packed", rung=rung)
+    nbytes = float(ladder.rung_bytes()[ladder.rung_index(rung)])
+    held = load_file(folder / TENSORS)
+    scales = sum(x.nbytes for name, x in held.items() if ".scale" in name)
+    values = sum(x.nbytes for name, x in held.items() if name != "edges") - scales
+    # The scales of one format are the rung's own, those of others come on top; the header is names.
+    assert values + scales / 3 <= nbytes <= values + scales
+    assert folder_bytes(folder) <= 1.1 * nbytes + 250 * len(held) + len((folder / RECORD).read_text())
+
+    packed = load_ladder(folder)
+    assert (packed.rungs, packed.resident, packed.kind) == ((rung, 8), 0, ladder.kind)
+    assert float(packed.rung_bytes()[0]) == nbytes
+    for name in ladder.modules:
+        for own, expected in zip(packed.update(name, 0), ladder.update(name, ladder.rung_index(rung)), strict=True):
+            assert torch.equal(own, expected)
+    with pytest.raises(ValueError, match=rf"rung: expected at most the resident rung {rung}, got 8; "):
+        packed.up_to(8)
+
+    model = tiny_llama_factory()
+    expected = generate(model, ladder, tokens[:, :9], rung=rung, **GREEDY).sequences
+    assert torch.equal(generate(model, folder, tokens[:, :9], rung=rung, **GREEDY).sequences, expected)
+    with pytest.warns(UserWarning, match=rf"every token gets .*{rung}, .*resident.* not the exact adapter"):
+        assert torch.equal(generate(model, str(folder), tokens[:, :9], **GREEDY).sequences, expected)
+    with pytest.raises(ValueError, match=r"rung: expected at most the resident rung") as error:
+        generate(model, folder, tokens[:, :9], rung=8, **GREEDY)
+    assert "\n" not in str(error.value)
+
+
+def test_a_packed_rung_of_16_bits_is_that_prefix(llama_adapter, tmp_path):
+    ladder = build_ladder(narrow(load_adapter(llama_adapter)), (2, 6))
+    folder = export_packed(ladder, tmp_path / "packed", rung=6, scale=1.5)
+    found = load_ladder(folder)
+    assert (found.rungs, found.scales, found.resident) == ((6, 8), (1.5, 1.0), 0)
+    assert found.resident_bytes() == int(ladder.rung_bytes()[1])
+    held = sum(x.nbytes for name, x in load_file(folder / TENSORS).items() if name != "edges")
+    assert held == int(ladder.rung_bytes()[1])
+    for name in ladder.modules:
+        a, b = ladder.update(name, 1)
+        own = found.update(name, 0)
+        assert torch.equal(own[0], a)
+        assert torch.equal(own[1], 1.5 * b)
+
+
+def test_a_packed_rung_leaves_as_a_peft_adapter_and_packed_again(llama_adapter, tmp_path):
+    ladder = coded_ladder(load_adapter(llama_adapter), CODED_RUNGS)
+    packed = load_ladder(export_packed(ladder, tmp_path / "packed", rung=1))
+    plain, again = (export_rung(own, 1, tmp_path / name) for name, own in (("plain", ladder), ("again", packed)))
+    assert (plain / WEIGHTS_NAME).read_bytes() == (again / WEIGHTS_NAME).read_bytes()
+    twice = export_packed(packed, tmp_path / "twice", rung=1)
+    assert (twice / TENSORS).read_bytes() == (tmp_path / "packed" / TENSORS).read_bytes()
+    for write in (export_rung, lambda own, rung, path: export_packed(own, path, rung=rung)):
+        with pytest.raises(ValueError, match=r"rung: expected at most the resident rung 1, got 8; "):
+            write(packed, 8, tmp_path / "top")
+    assert not (tmp_path / "top").exists()
+
+
+def test_a_whole_ladder_is_packed_as_it_is(llama_adapter, tmp_path):
+    ladder = coded_ladder(load_adapter(llama_adapter), CODED_RUNGS)
+    found = load_ladder(export_packed(ladder, tmp_path / "packed"))
+    assert (found.rungs, found.resident, found.fingerprint) == (ladder.rungs, None, ladder.fingerprint)
+
+
+def test_refusals_of_packing_leave_nothing_behind(llama_adapter, tmp_path):
+    ladder = coded_ladder(load_adapter(llama_adapter), CODED_RUNGS).with_rungs((0, 1))
+    (tmp_path / "present").mkdir()
+    output = tmp_path / "packed"
+    cases = [
+        ({"rung": 8}, "rung: expected one below 8 to pack, got the adapter itself, .*; write it unpacked"),
+        (
+            {"rung": 0},
+            "rung: expected one with directions, got 0, the base model without an adapter; name a higher one",
+        ),
+        ({"rung": 3}, r"rung: expected one of \(0, 1, 8\), got 3; "),
+        ({"scale": 1.1}, "scale: expected 1 for a whole ladder, got 1.1; name a rung, or leave it out"),
+        ({"rung": 1, "scale": -1.0}, r"scale: expected a number in \(0"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            export_packed(ladder, output, **options)
+    with pytest.raises(FileExistsError, match="output: expected a folder that does not exist"):
+        export_packed(ladder, tmp_path / "present", rung=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["present"]
+    assert not list((tmp_path / "present").iterdir())
+
+
 @pytest.mark.parametrize("name", ["gsm8k", "medquad"])
 @pytest.mark.parametrize("rung", [8, 24])
 def test_real_adapter_at_a_rung(
@@ -114,10 +286,13 @@ def test_scale_multiplies_the_update(llama_adapter, tmp_path):
 
 def test_ladder_of_an_exported_rung_is_that_prefix(llama_adapter, tmp_path):
     ladder = build_ladder(load_adapter(llama_adapter))
-    again = build_ladder(load_adapter(export_rung(ladder, 6, tmp_path / "rung")))
+    ladder = ladder.with_rungs((6,))
+    again = build_ladder(load_adapter(export_rung(ladder, 6, tmp_path / "rung")), (2, 4))
     assert again.rungs == (2, 4, 6)
-    for name, factors in ladder.modules.items():
-        torch.testing.assert_close(again.modules[name].singular_values, factors.singular_values[:6])
+    for name in ladder.modules:
+        for own, before in zip(again.banks[0][name].read(0, 6, 16), ladder.update(name, 0), strict=True):
+            # Directions of one rank, up to their signs.
+            torch.testing.assert_close(own.square().sum(1), before.square().sum(1))
 
 
 def test_dtype_of_the_stored_factors(llama_adapter, tmp_path):
@@ -129,7 +304,7 @@ def test_dtype_of_the_stored_factors(llama_adapter, tmp_path):
 
 def test_refusals_leave_nothing_behind(llama_adapter, tmp_path, monkeypatch):
     ladder = build_ladder(load_adapter(llama_adapter), (0, 4))
-    with pytest.raises(ValueError, match="expected a rank above 0"):
+    with pytest.raises(ValueError, match="rung: expected one with directions, got 0"):
         export_rung(ladder, 0, tmp_path / "zero")
     with pytest.raises(ValueError, match=r"rung: expected one of \(0, 4, 8\), got 5"):
         export_rung(ladder, 5, tmp_path / "five")
@@ -208,7 +383,7 @@ def test_a_shared_policy_is_written_for_an_adapter_of_another_rank(
     other = make_peft_adapter(tiny_llama_factory, tmp_path / "other", r=16, seed=5)
     written = load_adapter(export_policy(fixed_policy(shared=True), other, tmp_path / "exported"))
     assert written.rank == 12, "the same share of 16 as 6 is of 8"
-    with pytest.raises(ValueError, match=r"rungs: expected \(2, 4, 6, 8\), got \(2, 4, 6, 8, 16\)"):
+    with pytest.raises(ValueError, match="adapter: expected fingerprint"):
         export_policy(fixed_policy(), other, tmp_path / "again")
     same_rank = make_peft_adapter(tiny_llama_factory, tmp_path / "same rank", seed=6)
     with pytest.raises(ValueError, match=r"adapter: expected fingerprint .* load the adapter the policy was fitted to"):
@@ -239,10 +414,13 @@ def test_a_scale_is_held_against_the_dtype_that_is_written(scale, llama_adapter,
 def test_an_update_is_held_against_the_dtype_too(llama_adapter, tmp_path):
     """Both halves are within float16, what they multiply to is not."""
     ladder = build_ladder(load_adapter(llama_adapter))
-    large = {name: LadderFactors(1e3 * f.a, 1e3 * f.b, 1e6 * f.singular_values) for name, f in ladder.modules.items()}
-    assert max(float(f.b.abs().max()) for f in large.values()) < torch.finfo(torch.float16).max
+    large = {
+        name: Directions(*(wide_rows(1e3 * half) for half in own.read(0, 8, 16)))
+        for name, own in ladder.banks[0].items()
+    }
+    assert max(float(own.b.wide.abs().max()) for own in large.values()) < torch.finfo(torch.float16).max
     with pytest.raises(ValueError, match=r"scale: expected one at which torch\.float16 holds the update of"):
-        export_rung(replace(ladder, modules=large), 4, tmp_path / "rung", dtype=torch.float16)
+        export_rung(replace(ladder, banks=(large, ladder.banks[1])), 4, tmp_path / "rung", dtype=torch.float16)
 
 
 def test_command_writes_what_the_policy_serves(fixed_policy, llama_adapter, tmp_path, monkeypatch, capsys):
@@ -250,7 +428,14 @@ def test_command_writes_what_the_policy_serves(fixed_policy, llama_adapter, tmp_
     arguments = ["--adapter", llama_adapter, "--policy", fixed_policy(), "--budget", "0.5", "--output", output]
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
     main()
-    assert capsys.readouterr().out == f"rung 4 written to {output} at scale 0.85\n"
+    ladder = build_ladder(load_adapter(llama_adapter))
+    size, exact = (
+        (output / WEIGHTS_NAME).stat().st_size + (output / CONFIG_NAME).stat().st_size,
+        ladder.rung_bytes()[-1],
+    )
+    assert capsys.readouterr().out == (
+        f"rung 4 written to {output} at scale 0.85\n{size:,} bytes; the exact adapter takes {int(exact):,}\n"
+    )
     again = load_adapter(export_policy(tmp_path / "policy", llama_adapter, tmp_path / "again", budget=0.5))
     for name, factors in load_adapter(output).modules.items():
         assert torch.equal(factors.a, again.modules[name].a)
@@ -260,6 +445,12 @@ def test_command_writes_what_the_policy_serves(fixed_policy, llama_adapter, tmp_
 MISTAKES = {
     "both": (FixedPolicy, ["--rung", "4", "--policy", "POLICY"], "rung: expected --rung or --policy, got both"),
     "neither": (FixedPolicy, [], "rung: expected --rung or --policy, got neither"),
+    "padding of what is packed": (FixedPolicy, ["--rung", "4", "--packed", "--uniform"], "uniform: expected a PEFT"),
+    "a scale of all": (FixedPolicy, ["--packed", "--scale", "1.1"], "scale: expected 1 for a whole ladder, got 1.1"),
+    "the top packed": (FixedPolicy, ["--rung", "8", "--packed"], "rung: expected one below 8 to pack"),
+    "a budget alone beside packed": (FixedPolicy, ["--packed", "--budget", "0.5"], "budget: expected --policy with it"),
+    "half a direction": (FixedPolicy, ["--rung", "2.5"], "rungs: expected whole ranks of an svd ladder, got [2.5]"),
+    "a rung that is no number": (FixedPolicy, ["--rung", "nan"], "--rung: expected a rank in"),
     "a budget alone": (FixedPolicy, ["--rung", "4", "--budget", "0.5"], "budget: expected --policy with it"),
     "a scale beside": (FixedPolicy, ["--policy", "POLICY", "--scale", "1.1"], "scale: expected the policy's own"),
     "a budget beyond": (FixedPolicy, ["--policy", "POLICY", "--budget", "1.5"], "budget: expected a share"),
@@ -298,6 +489,51 @@ def test_command_writes_the_rung(llama_adapter, tmp_path, monkeypatch, capsys):
     main()
     assert "rung 5 written" in capsys.readouterr().out
     assert load_adapter(output).rank == 5
+
+
+PACKING = {
+    "a fractional rung": ("coded", ["--rung", "0.5", "--packed"], "rung 0.5", (0.5, 8)),
+    "a whole rung": ("coded", ["--rung", "4.0", "--packed"], "rung 4", (4, 8)),
+    "a rung of svd at a scale": ("peft", ["--rung", "5", "--packed", "--scale", "1.25"], "rung 5", (5, 8)),
+    "all of them": ("coded", ["--packed"], "ladder", (0.5, 1, 2, 4, 8)),
+    "all of svd": ("peft", ["--packed"], "ladder", (1, 2, 3, 4, 8)),
+    "what a policy serves": ("peft", ["--policy", "POLICY", "--packed", "--budget", "0.5"], "rung 4", (4, 8)),
+}
+
+
+@pytest.mark.parametrize(("source", "more", "what", "rungs"), PACKING.values(), ids=PACKING)
+def test_command_packs(source, more, what, rungs, fixed_policy, llama_adapter, tmp_path, monkeypatch, capsys):
+    ladder = coded_ladder(load_adapter(llama_adapter), CODED_RUNGS)
+    adapter = {"peft": llama_adapter, "coded": save_ladder(ladder, tmp_path / "ladder")}[source]
+    given, output = (
+        [str(fixed_policy()) if argument == "POLICY" else argument for argument in more],
+        tmp_path / "packed",
+    )
+    monkeypatch.setattr(sys, "argv", ["export", "--adapter", str(adapter), "--output", str(output), *given])
+    main()
+    found = load_ladder(output)
+    assert found.rungs == rungs
+    assert found.resident == (None if what == "ladder" else 0)
+    own = {"a rung of svd at a scale": 1.25, "what a policy serves": 0.85}
+    scale = next((value for name, value in own.items() if PACKING[name][1] == more), 1)
+    at = "" if scale == 1 else f" at scale {scale}"
+    assert found.scales[0] == pytest.approx(scale * (1 if source == "peft" else open_ladder(adapter, rungs).scales[0]))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{what} written to {output}{at}"
+    sizes = re.fullmatch(r"([\d,]+) bytes; the exact adapter takes ([\d,]+)", second)
+    assert [int(size.replace(",", "")) for size in sizes.groups()] == [
+        sum(file.stat().st_size for file in output.iterdir()), int(ladder.rung_bytes()[-1]),
+    ]  # fmt: skip
+
+
+def test_command_writes_a_fractional_rung(llama_adapter, tmp_path, monkeypatch, capsys):
+    adapter = save_ladder(coded_ladder(load_adapter(llama_adapter), CODED_RUNGS), tmp_path / "ladder")
+    output = tmp_path / "rung"
+    arguments = ["--adapter", str(adapter), "--rung", "0.5", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["export", *arguments])
+    main()
+    assert capsys.readouterr().out.startswith(f"rung 0.5 written to {output}\n")
+    assert load_adapter(output).rank == int(load_ladder(adapter).rank_table[0].max())
 
 
 @pytest.mark.parametrize("rung", ["9", "0", "-1"])
