@@ -6,6 +6,8 @@ fade after it; so no chunk changes its rung, and over any n tokens of a row
 
     bytes spent <= budget * (n + SLACK_TOKENS)
 
+A fade reads both of its rungs: of one bank what the dearer of them reads, of two banks both in full.
+
 Amounts are in the bytes of the row's exact adapter, float64, so that a long text loses nothing to rounding. An infinite
 budget is none. Source: DESIGN section 6.
 
@@ -29,53 +31,102 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What the ladder of each row offers; no token changes it."""
+
+    cost: Tensor
+    """[B, J] float64 per token at every rung, relative to the row's exact adapter: ascending, 1 at the top."""
+    bank: Tensor
+    """[B, J] long: the bank that every rung reads."""
+    resident: Tensor
+    """[B] long: index of the highest rung that is in memory."""
+
+    @classmethod
+    def of(cls, cost: Tensor, bank: Tensor | None = None, resident: Tensor | None = None) -> Offer:
+        """Costs [B, J] of rungs that are all of one bank, and all in memory, unless told."""
+        rows, rungs = cost.shape
+        one, top = torch.zeros(rows, rungs, dtype=torch.long), torch.full((rows,), rungs - 1)
+        return cls(cost, one if bank is None else bank, top if resident is None else resident)
+
+    @property
+    def partial(self) -> bool:
+        """Whether some row's ladder is not in memory whole."""
+        return bool((self.resident < self.cost.shape[1] - 1).any())
+
+    def select(self, index: Tensor) -> Offer:
+        """The rows `index` [N] long, in that order; rows may repeat."""
+        at = index.to(self.cost.device)
+        return Offer(self.cost[at], self.bank[at], self.resident[at])
+
+    def to(self, device: torch.device) -> Offer:
+        return Offer(self.cost.to(device), self.bank.to(device), self.resident.to(device))
+
+
+@dataclass(frozen=True)
 class Bucket:
-    """What each row has left, and at what prices."""
+    """What each row has left."""
 
     balance: Tensor
     """[B] float64: what may be spent beyond the budget of the tokens to come."""
     budget: Tensor
     """[B] float64 per token; infinite: no limit."""
-    cost: Tensor
-    """[B, J] float64 per token at every rung, ascending, 1 at the top."""
 
     @classmethod
     def full(cls, budget: Tensor, cost: Tensor) -> Bucket:
         """The bucket before the first token: budget [B], cost [B, J]."""
         gap, nearest = (cost - budget[:, None]).abs().min(1)
         budget = torch.where(gap < SAME_COST, _at(cost, nearest), budget)
-        return cls(SLACK_TOKENS * budget, budget, cost)
+        return cls(SLACK_TOKENS * budget, budget)
 
 
 def pay(
-    bucket: Bucket, held: Tensor, before: Tensor, wish: Tensor, opens: Tensor, positions: Tensor, start: Tensor,
-    real: Tensor, settings: Settings,
+    bucket: Bucket, offer: Offer, held: Tensor, before: Tensor, wish: Tensor, opens: Tensor, positions: Tensor,
+    start: Tensor, real: Tensor, settings: Settings,
 ) -> tuple[Tensor, Bucket]:  # fmt: skip
     """The rungs that chunks opening at each token get, and the bucket after the block.
 
     held and before [B] long are the rungs of the chunk that is open before the block and of the one before it, wish
     [B, T] long what the policy would choose at every token; opens and real [B, T] bool, positions and start [B, T] long
-    of the token and of its chunk. Returns [B, T] long: where a chunk opens the wish, or the dearest rung that can be
-    paid; the open chunk's elsewhere.
+    of the token and of its chunk. Returns [B, T] long: where a chunk opens the wish, or the dearest rung below it that
+    can be paid; the open chunk's elsewhere.
     """
-    fade, longest = settings.fade_tokens - 1, settings.chunk.max_tokens
-    excess = (bucket.cost - bucket.budget[:, None]).clamp(min=0)
+    fade, longest, cost = settings.fade_tokens - 1, settings.chunk.max_tokens, offer.cost
+    excess = (cost - bucket.budget[:, None]).clamp(min=0)
     needed = (longest + fade) * excess
+    if fade:
+        # A rung that is left for one of another bank is read beside that one: it takes nothing off what is paid for it.
+        apart = offer.bank[:, :, None] != offer.bank[:, None]
+        leaving = fade * torch.where(apart, cost[..., None], excess[..., None])  # [B, from, to]
+        needed = longest * excess + leaving[..., 0]  # back to the least rung there must always be a way
     limit, balance, rungs = SLACK_TOKENS * bucket.budget, bucket.balance, []
     first, fading = positions == 0, positions - start < fade
+    index = torch.arange(cost.shape[1], device=cost.device)
     for t in range(wish.shape[1]):
         opening = opens[:, t]
-        # The chunk before is still read while the new one fades in.
-        leaving = torch.where(first[:, t], 0.0, fade * _at(excess, held))
-        payable = (((balance - leaving + _ROUNDING)[:, None] >= needed).sum(1) - 1).clamp(min=0)
-        chosen = torch.where(opening, torch.minimum(wish[:, t], payable), held)
+        left = balance[:, None] + _ROUNDING
+        if fade:
+            # The chunk before is still read while the new one fades in.
+            left = left - leaving.gather(1, held[:, None, None].expand(-1, 1, len(index)))[:, 0].masked_fill(
+                first[:, t, None], 0.0
+            )
+        payable = (left >= needed) & (index <= wish[:, t, None])
+        chosen = torch.where(opening, (payable * index).amax(1), held)
         before = torch.where(opening, torch.where(first[:, t], chosen, held), before)
         held = chosen
-        active = torch.where(fading[:, t], torch.maximum(held, before), held)
-        after = torch.minimum(balance + bucket.budget - _at(bucket.cost, active), limit)
+        spent = _at(cost, held)
+        if fade:
+            spent = torch.where(fading[:, t], _faded(offer, held, before), spent)
+        after = torch.minimum(balance + bucket.budget - spent, limit)
         balance = torch.where(real[:, t], after, balance)
         rungs.append(held)
     return torch.stack(rungs, 1), replace(bucket, balance=balance)
+
+
+def _faded(offer: Offer, rung: Tensor, before: Tensor) -> Tensor:
+    """[B] what a token costs that fades from rung `before` [B] to `rung` [B]."""
+    two, one = _at(offer.cost, rung), _at(offer.cost, before)
+    apart = _at(offer.bank, rung) != _at(offer.bank, before)
+    return torch.where(apart, one + two, torch.maximum(one, two))
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from policy.contract import Decision, RankPolicy, Summary
 from policy.settings import SIGNALS, Settings
 
-from .bucket import pay
+from .bucket import Offer, pay
 from .known import (
     MODEL_OUTPUT,
     TOKEN_ONLY,
@@ -37,6 +37,7 @@ from .known import (
     smoothed_tokens,
     would_see,
 )
+from .record import NO_RUNG
 from .recurrence import class_bounds, levels, openings
 from .state import Chunk, Gathered, Held, Smoothed, State, over_tensors
 
@@ -51,12 +52,14 @@ class Constants:
     """[classes - 1]"""
     limited: bool
     """Whether any row has a budget to keep: without, nothing needs paying token by token."""
+    partial: bool
+    """Whether any row's ladder is in memory in part alone: chunks then open within that part."""
 
     @classmethod
-    def of(cls, settings: Settings, limited: bool, device: torch.device) -> Constants:
+    def of(cls, settings: Settings, limited: bool, partial: bool, device: torch.device) -> Constants:
         chunk = settings.chunk
         weights = torch.tensor([chunk.weights[name] for name in SIGNALS], device=device)
-        return cls(weights, torch.tensor(chunk.thresholds, device=device), limited)
+        return cls(weights, torch.tensor(chunk.thresholds, device=device), limited, partial)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Opened:
     """[B, T, J] float32 over rungs, scales folded in: what gates the token."""
     active: Tensor
     """[B, T] long: highest rung index with any weight."""
+    beside: Tensor | None
+    """[B, T] long: where a fade passes between two banks the other rung, which is read too; `NO_RUNG` elsewhere. None
+    where nothing fades."""
 
 
 def token_complexity(values: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
@@ -119,14 +125,16 @@ def open_block(
     seen = would_see(state.held, state.gathered, gathered)
     decision = _decide(policy, seen, signals, positions, state.operating.knob)
     wish = _within_start(decision.rung.view_as(positions), state, in_prompt)
+    if constants.partial:
+        wish = torch.minimum(wish, state.offer.resident[:, None])
     rung, bucket = latest.holds(wish, state.chunk.rung), state.bucket
     if constants.limited:
-        chunk = state.chunk
-        rung, bucket = pay(bucket, chunk.rung, chunk.before_rung, wish, opens, positions, start, real, settings)
+        chunk, offer = state.chunk, state.offer
+        rung, bucket = pay(bucket, offer, chunk.rung, chunk.before_rung, wish, opens, positions, start, real, settings)
     scale = decision.scales.view(*rung.shape, -1).gather(2, rung[..., None])[..., 0]
     chunk = _chunks(state.chunk, rung, scale, level, start, positions, latest)
     held = over_tensors(latest.holds, seen, state.held)
-    weights, active = _weights(chunk, positions, decision.scales.shape[1], settings.fade_tokens)
+    weights, active, beside = _weights(chunk, positions, state.offer, settings.fade_tokens)
 
     def after(tokens: Tensor, carried: Tensor) -> Tensor:
         return at_end(count, tokens, carried)
@@ -139,9 +147,10 @@ def open_block(
         held=over_tensors(after, held, state.held),
         chunk=over_tensors(after, chunk, state.chunk),
         bucket=bucket,
+        offer=state.offer,
         operating=state.operating,
     )
-    return after_block, Opened(opens, chunk, held, weights, active)
+    return after_block, Opened(opens, chunk, held, weights, active, beside)
 
 
 def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settings, *, full: bool = False) -> State:
@@ -204,14 +213,17 @@ def _chunks(
     return Chunk(start, level, rung, scale, before_rung, before_scale)
 
 
-def _weights(chunk: Chunk, positions: Tensor, rungs: int, fade_tokens: int) -> tuple[Tensor, Tensor]:
-    """Weights over rungs [B, T, J] float32 and the highest active rung [B, T] of tokens in chunks [B, T]."""
-    index = torch.arange(rungs, device=positions.device)
+def _weights(chunk: Chunk, positions: Tensor, offer: Offer, fade_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights over rungs [B, T, J] float32 of tokens in chunks [B, T], and `Opened`'s active and beside of them."""
+    index = torch.arange(offer.cost.shape[1], device=positions.device)
     target = (chunk.rung[..., None] == index) * chunk.scale[..., None]
     if fade_tokens == 1:
-        return target, chunk.rung
+        return target, chunk.rung, None
     before = (chunk.before_rung[..., None] == index) * chunk.before_scale[..., None]
     age = positions - chunk.start + 1
     # lerp is exact at both ends
     weights = torch.lerp(before, target, (age / fade_tokens).clamp(max=1.0)[..., None])
-    return weights, torch.where(age < fade_tokens, torch.maximum(chunk.rung, chunk.before_rung), chunk.rung)
+    fading = age < fade_tokens
+    high, low = torch.maximum(chunk.rung, chunk.before_rung), torch.minimum(chunk.rung, chunk.before_rung)
+    apart = offer.bank.gather(1, high) != offer.bank.gather(1, low)
+    return weights, torch.where(fading, high, chunk.rung), torch.where(fading & apart, low, NO_RUNG)

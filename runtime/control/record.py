@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy.rungs import Rung
 from policy.settings import SIGNALS, STATS
 
 from .signals import NO_TOKEN
 
 PROMPT, RESPONSE = 0, 1
+NO_RUNG = -1
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,16 @@ def count_rungs(active: Tensor, counted: Tensor, rungs: int) -> Tensor:
     return counts.scatter_add_(1, active, counted.double())
 
 
-def mean_rank(counts: Tensor, rung_rank: Tensor) -> float:
-    """Byte-weighted mean active rank of counts [B, J] at equivalent ranks [B, J]; nan where nothing was counted."""
-    return float((counts * rung_rank).sum() / counts.sum())
+def mean_rank(counts: Tensor, rung_rank: Tensor, beside: Tensor | None = None) -> float:
+    """Byte-weighted mean active rank of counts [B, J] at equivalent ranks [B, J], or mean of whatever else every rung
+    costs; nan where nothing was counted. `beside` [B, J] counts what tokens read beside the rung they are counted at.
+    """
+    read = counts if beside is None else counts + beside
+    return float((read * rung_rank).sum() / counts.sum())
 
 
 class Sums:
-    """Tokens by active rung since the first token, [B, 2, J] float64: prompt, response.
+    """Tokens by active rung since the first token, prompt and response apart.
 
     Rows that have ended are fed padding while others go on: `expect` tells by which tokens to know them, and their
     padding is not counted.
@@ -93,7 +98,12 @@ class Sums:
 
     def __init__(self, rows: int, rungs: int, device: torch.device) -> None:
         self.counts = torch.zeros(rows, 2, rungs, dtype=torch.float64, device=device)
-        self._latest = torch.zeros(rows, rungs, dtype=torch.float64, device=device)
+        """[B, 2, J]: every token at its highest active rung"""
+        self.beside = torch.zeros_like(self.counts)
+        """[B, 2, J]: what fades from bank to bank at its other rung too, which it reads beside the highest"""
+        none = torch.zeros(rows, rungs, dtype=torch.float64, device=device)
+        self._latest = [none, none]
+        """What the latest block added to the response of both."""
         self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self._ends = torch.zeros(0, dtype=torch.long, device=device)
         self._pad = NO_TOKEN
@@ -105,35 +115,46 @@ class Sums:
         self._pad = NO_TOKEN if pad is None or pad in ends else pad
         self._ended, self._expecting = torch.zeros_like(self._ended), True
 
-    def add(self, tokens: Tensor, real: Tensor, response: Tensor, active: Tensor) -> None:
-        """Count a block: tokens [B, T], real and response [B, T] bool, active [B, T] long."""
+    def add(self, tokens: Tensor, real: Tensor, response: Tensor, active: Tensor, beside: Tensor | None = None) -> None:
+        """Count a block: tokens [B, T], real and response [B, T] bool, active and beside [B, T] long, the latter
+        `NO_RUNG` where a token reads no second bank; without it none does."""
         counted = real & ~(self._ended[:, None] & response)
         if self._expecting and tokens.shape[1] == 1:  # decode: one token at a time
             generated = (real & response)[:, 0] & ~self._ended
             padded = generated & (tokens[:, 0] == self._pad)
             # What another criterion stopped went through the model once more before its padding came.
-            self.counts[:, RESPONSE] -= self._latest * padded[:, None]
+            self.counts[:, RESPONSE] -= self._latest[0] * padded[:, None]
+            if beside is not None:
+                self.beside[:, RESPONSE] -= self._latest[1] * padded[:, None]
             self._ended = self._ended | padded | (generated & torch.isin(tokens[:, 0], self._ends))
             counted = real & ~(self._ended[:, None] & response)
-        rungs = self.counts.shape[2]
-        in_response = count_rungs(active, counted & response, rungs)
-        self.counts[:, RESPONSE] += in_response
-        self.counts[:, PROMPT] += count_rungs(active, counted & ~response, rungs)
-        self._latest = in_response
+        self._latest[0] = _count(self.counts, active, counted, response)
+        if beside is not None:
+            self._latest[1] = _count(self.beside, beside.clamp(min=0), counted & (beside != NO_RUNG), response)
 
     def select(self, index: Tensor) -> Sums:
         """The rows `index` [N] long, in that order; rows may repeat."""
         other = Sums(len(index), self.counts.shape[2], self.counts.device)
-        other.counts, other._latest, other._ended = self.counts[index], self._latest[index], self._ended[index]
+        other.counts, other.beside = self.counts[index], self.beside[index]
+        other._latest, other._ended = [latest[index] for latest in self._latest], self._ended[index]
         other._ends, other._pad, other._expecting = self._ends, self._pad, self._expecting
         return other
 
     def restarted(self) -> Sums:
         """Sums before the first token of the same rows; a response that has ended is not counted again."""
         other = self.select(torch.arange(len(self.counts), device=self.counts.device))
-        other.counts = torch.zeros_like(self.counts)
-        other.counts[:, RESPONSE] = self.counts[:, RESPONSE] * self._ended[:, None]
+        for sums, own in ((other.counts, self.counts), (other.beside, self.beside)):
+            sums.zero_()
+            sums[:, RESPONSE] = own[:, RESPONSE] * self._ended[:, None]
         return other
+
+
+def _count(sums: Tensor, rung: Tensor, counted: Tensor, response: Tensor) -> Tensor:
+    """Add the `counted` [B, T] tokens to sums [B, 2, J]; returns what the response gained, [B, J]."""
+    gained = count_rungs(rung, counted & response, sums.shape[2])
+    sums[:, RESPONSE] += gained
+    sums[:, PROMPT] += count_rungs(rung, counted & ~response, sums.shape[2])
+    return gained
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ class ChunkTrace:
     length: int
     signals: dict[str, dict[str, float] | None]
     """Per signal mean, max and last value that the decision saw; None before the first one exists."""
-    rung: int
+    rung: Rung
     """Equivalent rank."""
     scale: float
     kv_format: list[str]
@@ -156,7 +177,7 @@ class ChunkTrace:
 
 
 def trace(
-    columns: dict[str, Tensor], length: int, rungs: tuple[int, ...], page_formats: list[str], page_tokens: int
+    columns: dict[str, Tensor], length: int, rungs: tuple[Rung, ...], page_formats: list[str], page_tokens: int
 ) -> list[ChunkTrace]:
     """The chunks of one row up to `length` tokens.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from policy.operating import Operating
 from policy.settings import SIGNALS
 
-from .bucket import Bucket
+from .bucket import Bucket, Offer
 
 _Part = TypeVar("_Part")
 
@@ -87,6 +87,8 @@ class State:
     held: Held
     chunk: Chunk
     bucket: Bucket
+    offer: Offer
+    """What there is to choose from; no token changes it."""
     operating: Operating
     """What the rows may spend; no token changes it."""
 
@@ -107,12 +109,10 @@ def over_tensors(function: Callable[..., Tensor], *parts: _Part) -> _Part:
     return replace(first, **{name: over_tensors(function, *(getattr(part, name) for part in parts)) for name in names})
 
 
-def initial_state(operating: Operating, cost: Tensor, device: torch.device) -> State:
-    """The state of `len(operating)` rows before the first token: no signal seen, the bucket full.
-
-    `cost` [B, J] is what every rung of each row costs, relative to its exact adapter.
-    """
-    operating = operating.to(device)
+def initial_state(operating: Operating, offer: Offer, device: torch.device) -> State:
+    """The state of `len(operating)` rows, and of what their ladders offer, before the first token: no signal seen, the
+    bucket full."""
+    operating, offer = operating.to(device), offer.to(device)
     rows, signals = len(operating), len(SIGNALS)
     zeros = torch.zeros(rows, signals, device=device)
     none = torch.zeros(rows, signals, dtype=torch.bool, device=device)
@@ -125,6 +125,7 @@ def initial_state(operating: Operating, cost: Tensor, device: torch.device) -> S
         gathered=Gathered(zeros, zeros, zeros, zeros),
         held=Held(torch.zeros(rows, signals, 3, device=device), none),
         chunk=Chunk(index, index, start, ones, start, ones),
-        bucket=Bucket.full(operating.budget, cost.to(device)),
+        bucket=Bucket.full(operating.budget, offer.cost),
+        offer=offer,
         operating=operating,
     )

@@ -22,15 +22,15 @@ from policy.operating import Operating
 from policy.rungs import nearest_rung
 from policy.settings import SIGNALS, STATS, TOKEN_SIGNALS, Settings
 
-from .bucket import SAME_COST
-from .machine import Constants, complete_block, open_block, token_complexity
+from .bucket import SAME_COST, Offer
+from .machine import Constants, Opened, complete_block, open_block, token_complexity
 from .record import Block, Keep, Record, Sums
 from .signals import NO_TOKEN, history_tokens, next_token_entropy, ngram_novelty, positional_prior, roll_history
 from .state import initial_state
 
 
 class Stream:
-    """Signals, chunks and decisions of the rows of `operating`, whose rungs cost `cost` [B, J] of their adapters.
+    """Signals, chunks and decisions of the rows of `operating`, which choose among what their ladders `offer`.
 
     `prompt_tokens` [B] says where every row's response starts (default: at its first token); `keep` says what is kept
     of every token beside the sums.
@@ -41,7 +41,7 @@ class Stream:
         settings: Settings,
         policy: RankPolicy,
         operating: Operating,
-        cost: Tensor,
+        offer: Offer,
         device: torch.device,
         prompt_tokens: Tensor | None = None,
         *,
@@ -52,14 +52,14 @@ class Stream:
         self.prompt_tokens = torch.zeros(rows, dtype=torch.long, device=device)
         if prompt_tokens is not None:
             self.prompt_tokens = prompt_tokens.to(device)
-        self.static = None if keep is Keep.DECISIONS else static_rungs(policy, operating, cost)
+        self.static = None if keep is Keep.DECISIONS else static_rungs(policy, operating, offer)
         """The rung index of every row, on the host, where no token changes it; else None."""
         self.adapters: list[int] = operating.adapter.tolist()
         """Which ladder every row uses, on the host."""
-        self.state = initial_state(operating, cost, device)
-        self.constants = Constants.of(settings, bool(operating.budget.isfinite().any()), device)
+        self.state = initial_state(operating, offer, device)
+        self.constants = Constants.of(settings, bool(operating.budget.isfinite().any()), offer.partial, device)
         if self.static is not None:
-            self._static = _static_weights(policy, self.state.operating.knob)
+            self._static = _static_weights(policy, self.state.operating.knob, self.state.offer.resident)
         past = history_tokens(settings.signals.novelty_window_tokens)
         self.history = torch.full((rows, past), NO_TOKEN, dtype=torch.long, device=device)
         self.sums = Sums(rows, len(policy.rungs), device)
@@ -69,12 +69,12 @@ class Stream:
         """No token of the block under way is padding, as far as the host knows."""
 
     @torch.no_grad()
-    def open_block(self, tokens: Tensor, real: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor]:
+    def open_block(self, tokens: Tensor, real: Tensor, *, full: bool = False) -> Tensor:
         """Decide for every token of a block before it is processed.
 
         tokens [B, T] long, real [B, T] bool with padding trailing; `full` says that there is none, where the host
-        knows. Returns the weights over rungs, [B, T, J] float32 (or [B, 1, J], the same for all tokens), and the
-        highest active rung, [B, T] long.
+        knows. Returns the weights over rungs, [B, T, J] float32; of a static stream [B, 1, J], the same for all
+        tokens, and the same tensor every time.
         """
         self._full = full
         tokens = torch.where(real, tokens, NO_TOKEN)
@@ -83,16 +83,17 @@ class Stream:
         in_prompt = positions < self.prompt_tokens[:, None]
         if self.static is not None:
             weights, rung = self._static
-            active = rung[:, None].expand_as(tokens)
+            active, beside = rung[:, None].expand_as(tokens), None
             self.state = replace(self.state, position=self.state.position + real.sum(1))
         else:
-            weights, active = self._decide(tokens, real, positions, in_prompt)
-        self.sums.add(tokens, real, ~in_prompt, active)
+            opened = self._decide(tokens, real, positions, in_prompt)
+            weights, active, beside = opened.weights, opened.active, opened.beside
+        self.sums.add(tokens, real, ~in_prompt, active, beside)
         if self.keep >= Keep.RUNGS:
             self.record.active.append(active)
-        return weights, active
+        return weights
 
-    def _decide(self, tokens: Tensor, real: Tensor, positions: Tensor, in_prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def _decide(self, tokens: Tensor, real: Tensor, positions: Tensor, in_prompt: Tensor) -> Opened:
         signals = self._token_signals(tokens, real, positions)
         self.state, opened = open_block(
             self.state, signals, in_prompt, real, self.settings, self.policy, self.constants, full=self._full
@@ -101,7 +102,7 @@ class Stream:
         self._block = Block(
             positions, real, opened.opens, chunk.rung, chunk.scale, opened.active, held.stats, held.valid, signals
         )
-        return opened.weights, opened.active
+        return opened
 
     def _token_signals(self, tokens: Tensor, real: Tensor, positions: Tensor) -> Tensor:
         """[B, T, 2] novelty and prior; the history moves on."""
@@ -149,7 +150,7 @@ class Stream:
         """A stream that goes on from here with rows `index` [N] (repeats allowed) and an empty record."""
         state = self.state.select(index)
         other = Stream(
-            self.settings, self.policy, state.operating, state.bucket.cost, index.device, self.prompt_tokens[index],
+            self.settings, self.policy, state.operating, state.offer, index.device, self.prompt_tokens[index],
             keep=self.keep,
         )  # fmt: skip
         other.state, other.history, other.sums = state, self.history[index], self.sums.select(index)
@@ -158,33 +159,38 @@ class Stream:
     def restarted(self) -> Stream:
         """A stream before the first token of the same rows, for the same prompts and responses."""
         other = Stream(
-            self.settings, self.policy, self.state.operating, self.state.bucket.cost, self.prompt_tokens.device,
+            self.settings, self.policy, self.state.operating, self.state.offer, self.prompt_tokens.device,
             self.prompt_tokens, keep=self.keep,
         )  # fmt: skip
         other.sums = self.sums.restarted()
         return other
 
 
-def static_rungs(policy: RankPolicy, operating: Operating, cost: Tensor) -> list[int] | None:
+def static_rungs(policy: RankPolicy, operating: Operating, offer: Offer) -> list[int] | None:
     """The rung index of every row where neither text nor budget can change it, and nothing else needs signals.
 
-    cost is [B, J]. A fixed policy that starts elsewhere than where it goes on is not static.
+    A fixed policy that starts elsewhere than where it goes on is not static.
     """
     if policy.looks or not operating.kv.is_full:
         return None
-    rung = nearest_rung(operating.knob, len(policy.rungs))
-    affordable = cost.to(rung.device).gather(1, rung[:, None])[:, 0] <= operating.budget + SAME_COST
-    stays = bool(((operating.start_rung == rung) & affordable).all())
+    offer = offer.to(operating.knob.device)
+    rung, start = (
+        torch.minimum(asked, offer.resident)
+        for asked in (nearest_rung(operating.knob, len(policy.rungs)), operating.start_rung)
+    )
+    affordable = offer.cost.gather(1, rung[:, None])[:, 0] <= operating.budget + SAME_COST
+    stays = bool(((start == rung) & affordable).all())
     return rung.tolist() if stays else None
 
 
-def _static_weights(policy: RankPolicy, knob: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights over rungs [B, 1, J] and the rung [B] of a policy that does not look."""
+def _static_weights(policy: RankPolicy, knob: Tensor, resident: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights over rungs [B, 1, J] and the rung [B] of a policy that does not look; none above `resident` [B]."""
     rows, index = len(knob), torch.arange(len(knob), device=knob.device)
     blind = Summary(
         knob.new_zeros(rows, len(SIGNALS), len(STATS)), torch.zeros(rows, len(SIGNALS), device=knob.device).bool(),
         knob.new_zeros(rows, len(TOKEN_SIGNALS)), index,
     )  # fmt: skip
     decision = policy.decide(blind, knob)
-    one_hot = decision.rung[:, None] == torch.arange(decision.scales.shape[1], device=knob.device)
-    return (one_hot * decision.scales)[:, None], decision.rung
+    rung = torch.minimum(decision.rung, resident)
+    one_hot = rung[:, None] == torch.arange(decision.scales.shape[1], device=knob.device)
+    return (one_hot * decision.scales)[:, None], rung

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policy.checkpoint import PolicyCheckpoint
+from policy.rungs import Rung
 
 from ..control.record import ChunkTrace
 from ..loading import load_model, load_tokenizer, require_plain
@@ -41,6 +42,10 @@ class Generation:
     """The same, row by row."""
     prompt_mean_rank: float
     """The same over the prompt."""
+    adapter_bytes: float
+    """Mean bytes of the adapter read per new token that went through the model; nan for a single new token."""
+    adapter_share: float
+    """The same relative to all bytes of the exact adapter."""
     kv_bytes: int
     """Bytes of the keys and values of all tokens at the end, in the formats of their pages."""
     kv_bytes_full: int
@@ -59,7 +64,8 @@ def generate(
     policy: str | Path | PolicyCheckpoint | None = None,
     budget: float | Sequence[float] | None = None,
     latency_budget_ms: float | None = None,
-    rung: int | Sequence[int] | None = None,
+    rung: Rung | Sequence[Rung] | None = None,
+    resident_rung: Rung | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     return_trace: bool = False,
@@ -72,7 +78,9 @@ def generate(
     `prompts` one text, several, or token ids [B, T] (then without a mask every column is a token; pass
     `attention_mask` for padded ones). `budget` in [0, 1] is the mean adapter cost relative to the top rung; 1.0, or no
     policy, is the full adapter with full-precision KV. `latency_budget_ms` works where the policy has a latency table.
-    `rung` serves one fixed rank. All else goes to transformers' `generate`.
+    `rung` serves one fixed rung. `resident_rung` keeps no more of the adapter in memory than its rungs up to that one
+    read, which is then what no policy means (a warning says so), and the highest that a policy may choose; a budget of
+    1 is refused with it. All else goes to transformers' `generate`.
 
     Raises FileNotFoundError for a wrong path and ValueError, one line each, for input that does not fit together.
     """
@@ -88,7 +96,7 @@ def generate(
         generation_kwargs["tokenizer"] = tokenizer
     chosen = adaptive(
         model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        keep_record=return_trace,
+        resident_rung=resident_rung, keep_record=return_trace,
     )  # fmt: skip
     with chosen as run:
         output = model.generate(**inputs, **generation_kwargs)  # type: ignore[operator]  # a method of a mixin
@@ -161,6 +169,6 @@ def _collect(
     ]
     trace = [run.trace(row, length) for row, length in enumerate(lengths)] if return_trace else None
     return Generation(
-        texts, sequences, tokens, mean_rank, run.row_mean_rank(), prompt_mean_rank, cache.kv_bytes(),
-        cache.kv_bytes_full(), cache.kv_bytes_allocated(), trace,
+        texts, sequences, tokens, mean_rank, run.row_mean_rank(), prompt_mean_rank, run.adapter_bytes(),
+        run.adapter_share(), cache.kv_bytes(), cache.kv_bytes_full(), cache.kv_bytes_allocated(), trace,
     )  # fmt: skip

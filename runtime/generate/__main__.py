@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from policy.limits import Limit, Maybe, Number, Whole
+from policy.rungs import RUNG
 from policy.settings import MOST_TOKENS
 from runtime.command import one_line_errors
 from runtime.generate import generate
@@ -25,6 +26,8 @@ from runtime.loading import DTYPES, load_tokenizer
 # Sampling divides float32 logits by the temperature: below a millionth they would overflow, and no draw be possible.
 LIMITS: Mapping[str, Limit] = {
     "max-new-tokens": Whole(1, MOST_TOKENS),
+    "rung": Maybe(RUNG),
+    "resident-rung": Maybe(RUNG),
     "temperature": Maybe(Number(1e-6, 1e6)),
     "repetition-penalty": Maybe(Number(1e-3, 1e3)),
     "seed": Whole(0, 2**32 - 1),
@@ -60,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--budget", type=float, help="mean adapter cost relative to the top rung, 0 to 1 (1: full adapter)")
     p.add_argument("--latency-budget-ms", type=float, help="milliseconds per token, where the policy has a table")
-    p.add_argument("--rung", type=int, help="serve one fixed rank (instead of a policy)")
+    p.add_argument("--rung", type=float, help="serve one fixed rung (instead of a policy)")
+    p.add_argument("--resident-rung", type=float, help="keep no more of the adapter in memory than this rung reads")
     p.add_argument("--dtype", choices=sorted(DTYPES), default="auto")
     p.add_argument("--do-sample", action="store_true", help="sample instead of greedy decoding")
     p.add_argument("--temperature", type=float, help="with --do-sample")
@@ -70,12 +74,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _say(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line: where in the code it was given is not for the user to read."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def main() -> None:
     args = parser().parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read
     with one_line_errors(), warnings.catch_warnings():
+        warnings.showwarning = _say
         for name, limit in LIMITS.items():
             limit.take(name, getattr(args, name.replace("-", "_")))
         if args.temperature is not None and not args.do_sample:
@@ -89,8 +103,9 @@ def main() -> None:
         }
         out = generate(
             args.model, args.adapter, args.prompt, policy=args.policy, budget=args.budget,
-            latency_budget_ms=args.latency_budget_ms, rung=args.rung, tokenizer=tokenizer, dtype=args.dtype,
-            return_trace=args.json, streamer=streamer, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample,
+            latency_budget_ms=args.latency_budget_ms, rung=args.rung, resident_rung=args.resident_rung,
+            tokenizer=tokenizer, dtype=args.dtype, return_trace=args.json, streamer=streamer,
+            max_new_tokens=args.max_new_tokens, do_sample=args.do_sample,
             **{name: value for name, value in optional.items() if value is not None},
         )  # fmt: skip
         if args.json:
@@ -102,7 +117,9 @@ def main() -> None:
                         "text": out.texts[0],
                         "tokens": out.tokens[0],
                         "ms_per_token": streamer.ms_per_token(),
-                        "mean_rank": None if math.isnan(out.mean_rank) else out.mean_rank,
+                        "mean_rank": _number(out.mean_rank),
+                        "adapter_bytes": _number(out.adapter_bytes),
+                        "adapter_share": _number(out.adapter_share),
                         "kv_bytes": out.kv_bytes,
                         "kv_bytes_full": out.kv_bytes_full,
                         "kv_bytes_allocated": out.kv_bytes_allocated,

@@ -15,6 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from policy.checkpoint import PolicyCheckpoint
+from policy.rungs import Rung
 
 from ..control.record import Keep
 from ..fingerprint import model_fingerprint
-from ..ladder import Ladder
+from ..ladder import Directions, Ladder
 from ..loading import check_context, require_plain
 from ..plan import AdapterSource, RunPlan, plan_run
 from .architecture import refuse_unsupported
@@ -52,7 +54,8 @@ def adaptive(
     policy: str | Path | PolicyCheckpoint | None = None,
     budget: float | Sequence[float] | None = None,
     latency_budget_ms: float | None = None,
-    rung: int | Sequence[int] | None = None,
+    rung: Rung | Sequence[Rung] | None = None,
+    resident_rung: Rung | None = None,
     keep_record: bool = False,
 ) -> Iterator[AdaptiveRun]:
     """Make `model.generate(...)` and `model(...)` adaptive until the block ends; arguments as in `generate`.
@@ -65,7 +68,7 @@ def adaptive(
     fingerprint = None if policy is None else model_fingerprint(model)
     plan = plan_run(
         adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        model_fingerprint=fingerprint, device=model.device,
+        resident_rung=resident_rung, model_fingerprint=fingerprint, device=model.device,
     )  # fmt: skip
     with activate(model, plan, keep=Keep.DECISIONS if keep_record else Keep.SUMS, checked=False) as run:
         yield run
@@ -84,13 +87,14 @@ def activate(
         run = AdaptiveRun(model, plan, keep=keep)
         undo.enter_context(probed_attention(model, run.probe, run.mask))
         undo.enter_context(rope_of_whole_call(model, run.call_length))
+        dtype = model.dtype
         for ladder, gate, adapted in zip(plan.ladders, run.gates, linears, strict=True):
+            banks = _readable(ladder)
             for name, linear in adapted.items():
-                factors = ladder.modules[name]
                 device = next(linear.parameters()).device  # layers may lie on different devices
-                a, b = (half.to(device, model.dtype) for half in (factors.a, factors.b))
+                own = {bank: _placed(ladder.banks[bank][name], device, dtype) for bank in banks}
                 forward: Callable[..., Tensor] = linear.forward
-                adapted_forward = AdaptedLinear(forward, gate, gate.column[name], a, b)
+                adapted_forward = AdaptedLinear(forward, gate, gate.column[name], own)
                 undo.enter_context(_replaced(linear, "forward", adapted_forward))
         undo.enter_context(_replaced(model, "forward", _adaptive_forward(model, run)))
         undo.enter_context(_replaced(model, "generate", _adaptive_generate(model, run)))
@@ -106,7 +110,43 @@ def require_servable(model: PreTrainedModel, ladders: Sequence[Ladder]) -> None:
     """
     require_plain(model)
     found = [adapted_modules(model, ladder) for ladder in ladders]
+    for ladder in ladders:
+        _refuse_overflow(model, ladder)
     refuse_unsupported(model, {name: linear for linears in found for name, linear in linears.items()})
+
+
+def _readable(ladder: Ladder) -> list[int]:
+    """The banks of the rungs that are in memory."""
+    return sorted(set(ladder.bank_of[: ladder.highest + 1]))
+
+
+def _placed(own: Directions, device: torch.device, dtype: torch.dtype) -> Directions:
+    """Directions on the device of the layer that reads them, none in more bits than the model computes in."""
+
+    def wide(rows: Tensor) -> Tensor:
+        return rows.to(dtype) if dtype.itemsize <= rows.dtype.itemsize else rows
+
+    return Directions(*(replace(half, wide=wide(half.wide)).to(device) for half in (own.a, own.b)))
+
+
+def _refuse_overflow(model: PreTrainedModel, ladder: Ladder) -> None:
+    """Raise ValueError, naming the module, where the highest rung in memory overflows the model's dtype."""
+    most = torch.finfo(model.dtype).max
+    for name, ranges in zip(ladder.modules, ladder.ranges([ladder.highest]), strict=True):
+        if not ranges:
+            continue
+        parts = (ladder.banks[r.bank][name].read(r.start, r.stop, r.bits) for r in ranges)
+        a, b = (torch.cat(halves).double() for halves in zip(*parts, strict=True))
+        # At most the product of the factors' norms, which is cheap to know.
+        norm = float(a.norm() * b.norm())
+        if norm > most:
+            norm = float(((a @ a.T) * (b @ b.T)).sum().sqrt())
+        largest = max(norm, float(a.abs().max()), float(b.abs().max()))
+        if not largest <= most:  # nor is NaN
+            raise ValueError(
+                f"adapter: expected updates within {model.dtype}, at most {most:g}, got a norm of {largest:g} in "
+                f"{name}; load the model in a wider dtype, or lower lora_alpha"
+            )
 
 
 @contextmanager
@@ -256,18 +296,11 @@ def _adaptive_generate(model: PreTrainedModel, run: AdaptiveRun) -> Callable[...
 def adapted_modules(model: PreTrainedModel, ladder: Ladder) -> dict[str, nn.Module]:
     """The linears that the ladder adapts, by name.
 
-    Raises ValueError when one is missing or of another shape, or when its update overflows the model's dtype.
+    Raises ValueError when one is missing or of another shape.
     """
     found: dict[str, nn.Module] = {}
-    most = torch.finfo(model.dtype).max
-    for name, factors in ladder.modules.items():
-        norm = float(factors.singular_values.max())
-        if norm > most:
-            raise ValueError(
-                f"adapter: expected updates within {model.dtype}, at most {most:g}, got a norm of {norm:g} in {name}; "
-                "load the model in a wider dtype, or lower lora_alpha"
-            )
-        expected = (factors.a.shape[1], factors.b.shape[1])
+    for name, own in ladder.modules.items():
+        expected = (own.a.width, own.b.width)
         try:
             linear = model.get_submodule(name)
         except AttributeError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..kv import FORMATS
 from ..loading import check_context, context_limit
 from ..plan import STATIC_BLOCK_TOKENS, RunPlan
 from .attention import AttentionProbe
-from .gate import NO_RUNG, Gate
+from .gate import Gate
 from .kept import Chosen, LastColumns
 from .layout import Columns, Layout
 from .mask import RowMask
@@ -67,11 +67,13 @@ class AdaptiveRun:
 
     def __init__(self, model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS) -> None:
         self.model, self.plan, self.keep = model, plan, keep
-        self._cost = plan.rung_cost()
+        self._offer = plan.offer()
         # A copy: the caller's policy stays on its device and in its mode.
         self.policy = copy.deepcopy(plan.policy).to(model.device).eval()
         config = model.config.get_text_config(decoder=True)
         self.gates = [Gate(ladder, model.device) for ladder in plan.ladders]
+        self._set: Tensor | None = None
+        """The weights that the gates stand at, where the next pass may bring the same ones."""
         signals = plan.settings.signals
         self.probe = AttentionProbe(config.num_hidden_layers, signals.attention_layers, signals.recent_pages)
         self.probe.keeps_received = plan.operating.kv.may_be_sparse
@@ -113,9 +115,9 @@ class AdaptiveRun:
         `operating`, by default the plan's. Raises ValueError when that is of another number of rows.
         """
         operating = (self.plan.operating if operating is None else operating).for_rows(rows)
-        cost = self._cost[operating.adapter]
+        offer = self._offer.select(operating.adapter)
         stream = Stream(
-            self.plan.settings, self.policy, operating, cost, self.model.device, prompt_tokens, keep=self.keep
+            self.plan.settings, self.policy, operating, offer, self.model.device, prompt_tokens, keep=self.keep
         )
         self.last = AdaptiveCache(stream)
         return self.last
@@ -191,8 +193,9 @@ class AdaptiveRun:
         stream = cache.stream
         steps = torch.arange(columns.real.shape[1], device=columns.real.device)
         positions = torch.where(columns.real, stream.state.position[:, None] + steps, -1)
-        weights, active = stream.open_block(columns.tokens, columns.real, full=columns.full)
-        self._set_gates(weights, self._highest(stream, active.masked_fill(~columns.real, NO_RUNG)), stream)
+        weights = stream.open_block(columns.tokens, columns.real, full=columns.full)
+        if weights is not self._set:  # a static stream's stay what they are
+            self._set_gates(weights, self._active(stream, weights, columns.real), stream)
         cache.begin(columns.positions, self.model.device)
         self.probe.begin(positions if stream.static is None else None)
         self.mask.begin(positions, cache.visible())
@@ -209,23 +212,31 @@ class AdaptiveRun:
             cache.settle(complexity, positions)
         return output.logits
 
-    def _highest(self, stream: Stream, active: Tensor) -> list[int]:
-        """The highest active rung index of every ladder's rows, on the host; active is [B, T]."""
-        # A deliberate wait, once per block that decides: the reference path slices factors by a host number, so as to
-        # spend no more than the active rank.
-        rungs = active.amax(1).tolist() if stream.static is None else stream.static
-        return [
-            max((rung for rung, own in zip(rungs, stream.adapters, strict=True) if own == number), default=NO_RUNG)
-            for number in range(len(self.gates))
-        ]
+    def _active(self, stream: Stream, weights: Tensor, real: Tensor) -> list[list[int]]:
+        """The rungs of every ladder that any of its real tokens runs at, on the host; weights [B, T, J]."""
+        if stream.static is not None:
+            rows = list(zip(stream.static, stream.adapters, strict=True))
+            return [sorted({rung for rung, own in rows if own == number}) for number in range(len(self.gates))]
+        active = ((weights > 0) & real[..., None]).any(1)
+        if len(self.gates) > 1:
+            numbers = torch.arange(len(self.gates), device=active.device)
+            active = (active & (stream.state.operating.adapter == numbers[:, None])[..., None]).any(1)
+        else:
+            active = active.any(0, keepdim=True)
+        # A deliberate wait, once per block that decides: what is read of every module is settled on the host, so that
+        # no more is than the active rungs need.
+        return [_indices(own) for own in active.tolist()]
 
-    def _set_gates(self, weights: Tensor, highest: list[int], stream: Stream) -> None:
-        """Weights [B, T, J] to the ladders that the rows use."""
-        for number, (gate, rung) in enumerate(zip(self.gates, highest, strict=True)):
+    def _set_gates(self, weights: Tensor, active: Sequence[Sequence[int]], stream: Stream) -> None:
+        """Weights [B, T, J] to the ladders that the rows use, each with its active rungs."""
+        self._set = None  # also where one of them refuses
+        fades = stream.static is None and self.plan.settings.fade_tokens > 1
+        for number, (gate, rungs) in enumerate(zip(self.gates, active, strict=True)):
             mine = weights
             if len(self.gates) > 1:
                 mine = weights * (stream.state.operating.adapter == number)[:, None, None]
-            gate.set(mine, rung)
+            gate.set(mine, rungs, fades=fades)
+        self._set = None if stream.static is None else weights
 
     @torch.no_grad()
     def gated(self, tokens: Tensor, real: Tensor, weights: Tensor) -> Tensor:
@@ -233,14 +244,14 @@ class AdaptiveRun:
         measured with.
 
         tokens [B, T] long and real [B, T] bool with padding trailing, weights [B, T, J], or [B, 1, J] for all
-        tokens of a row alike -> logits [B, T, V].
+        tokens of a row alike -> logits [B, T, V]. Raises ValueError for a rung that is not in memory.
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.where(real, steps, -1)
-        used = (weights > 0).flatten(0, -2).any(0).nonzero()
-        self.gates[0].set(weights, int(used.max()) if len(used) else NO_RUNG)
+        self._set = None
+        self.gates[0].set(weights, _indices((weights > 0).flatten(0, -2).any(0).tolist()))
         for other in self.gates[1:]:
-            other.set(weights, NO_RUNG)
+            other.set(weights, ())
         self.probe.begin(None)
         self.mask.begin(positions, real)
         position_ids = positions.clamp(min=0)
@@ -252,17 +263,34 @@ class AdaptiveRun:
 
         Padding of rows that ended before others is not counted; nan where there are no tokens.
         """
-        stream = self._latest().stream
-        counts = stream.sums.counts.cpu()
-        ranks = self.plan.rung_rank()[stream.state.operating.adapter.cpu()]
-        return mean_rank(counts[:, RESPONSE], ranks), mean_rank(counts[:, PROMPT], ranks)
+        ranks = self.plan.rung_rank()
+        return self._mean(RESPONSE, ranks), self._mean(PROMPT, ranks)
 
     def row_mean_rank(self) -> list[float]:
         """The first of `mean_rank`, row by row."""
+        counts, beside, adapters = self._counted(RESPONSE)
+        ranks = self.plan.rung_rank()[adapters]
+        return [mean_rank(*own) for own in zip(counts, ranks, beside, strict=True)]
+
+    def adapter_bytes(self) -> float:
+        """Mean bytes of the adapter that a response token of the latest sequences read, counted as in `mean_rank`; a
+        token that fades between two banks reads both."""
+        return self._mean(RESPONSE, self.plan.rung_bytes())
+
+    def adapter_share(self) -> float:
+        """The same relative to all bytes of the exact adapter."""
+        return self._mean(RESPONSE, self.plan.rung_cost())
+
+    def _mean(self, part: int, by_rung: Tensor) -> float:
+        """Mean over the tokens of prompt or response of what the rungs of every ladder come to, [A, J]."""
+        counts, beside, adapters = self._counted(part)
+        return mean_rank(counts, by_rung[adapters], beside)
+
+    def _counted(self, part: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of prompt or response the `Sums`' counts and beside [B, J], and every row's ladder [B]; on the host."""
         stream = self._latest().stream
-        counts = stream.sums.counts[:, RESPONSE].cpu()
-        ranks = self.plan.rung_rank()[stream.state.operating.adapter.cpu()]
-        return [mean_rank(own, rank) for own, rank in zip(counts, ranks, strict=True)]
+        counts, beside = (sums[:, part].cpu() for sums in (stream.sums.counts, stream.sums.beside))
+        return counts, beside, torch.tensor(stream.adapters)
 
     def trace(self, row: int, length: int) -> list[ChunkTrace]:
         """Chunks of one row of the latest sequences, up to `length` real tokens. Raises ValueError without record."""
@@ -277,6 +305,10 @@ class AdaptiveRun:
         if self.last is None:
             raise ValueError("trace: expected a forward or generate call before this, got none; run the model first")
         return self.last
+
+
+def _indices(flags: Sequence[bool]) -> list[int]:
+    return [index for index, flag in enumerate(flags) if flag]
 
 
 def _columns_to_keep(logits_to_keep: int | Tensor, columns: int, has_labels: bool) -> int:

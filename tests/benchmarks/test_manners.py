@@ -83,6 +83,23 @@ def test_memory_runs_at_the_least_it_takes(command, tmp_path):
     assert json.loads(out.splitlines()[-1]) == json.loads((tmp_path / "memory.json").read_text())
 
 
+def test_ladder_writes_every_module_of_a_model(command, tmp_path):
+    # At this size neither the speedup nor the errors say anything: only what is recorded is looked at.
+    flags = ("--size", "64", "--rank", "8", "--repeats", "2", "--shape", "tiny", "--output", tmp_path / "ladder.json")
+    status, out, _ = command("ladder", *flags)
+    record = json.loads(out.splitlines()[-1])
+    assert record == json.loads((tmp_path / "ladder.json").read_text())
+    assert status == (0 if record["passed"] else 1)
+    writing = record["writing"]
+    layer = 2 * (128 + 128) + 2 * (128 + 64) + 2 * (128 + 352) + (352 + 128)
+    assert (writing["modules"], writing["values"]) == (14, 2 * 8 * layer)
+    # Eight bits a value and three scales a row.
+    assert writing["stored_bytes"] == 2 * 8 * (layer + 2 * 7 * 3 * 2)
+    assert writing["adapter_bytes"] == 2 * writing["values"]
+    assert writing["factoring_seconds"] > 0
+    assert writing["encoding_seconds"] > 0
+
+
 BAD_FLAGS = [
     *[("ladder", "--rank", value) for value in ("-1", "0", "100000")],
     ("ladder", "--rank", "65", "--size", "64"),

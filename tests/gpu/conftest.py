@@ -13,6 +13,7 @@ from policy.settings import FULL_KV, KVSettings, Settings
 from runtime import build_ladder, load_adapter
 from runtime.ladder import Ladder
 from runtime.plan import RunPlan
+from tests.runtime.reference import handmade_ladder
 
 RANK = 8
 
@@ -32,6 +33,12 @@ def tiny_adapter(tmp_path_factory, tiny_llama_factory, make_peft_adapter) -> Pat
 def ladder(tiny_adapter) -> Ladder:
     """On the host, as a user's is when it was read from disk."""
     return build_ladder(load_adapter(tiny_adapter))
+
+
+@pytest.fixture(scope="session")
+def coded(tiny_adapter) -> Ladder:
+    """Two banks in 8, 4 and 2 bits beside the exact adapter, every module another mix; on the host too."""
+    return handmade_ladder(load_adapter(tiny_adapter))
 
 
 @pytest.fixture(scope="session")

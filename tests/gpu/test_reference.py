@@ -6,9 +6,12 @@ import lzma
 import pytest
 import torch
 
-from policy import Operating
+from policy import ChunkSettings, Operating, Settings
 from runtime import adaptive, export_rung, generate, load_tokenizer
+from runtime.control.record import Keep
+from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
+from tests.runtime.reference import PositionPolicy
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +96,57 @@ def test_truncated_rung_equals_its_export(
         logits = model(input_ids=ids).logits
     peft = with_peft(model, export_rung(ladder, rung, tmp_path / "rung"))
     torch.testing.assert_close(logits, peft(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rung", range(6))
+@torch.no_grad()
+def test_every_rung_in_few_bits_is_what_it_is_on_the_cpu(tiny_llama_factory, coded, random_ids, device, rung):
+    model, ids, found = tiny_llama_factory(), random_ids(2, 50), []
+    for place in ("cpu", device):
+        with activate(model.to(place), static_plan(coded, coded.rungs[rung])):
+            found.append(model(input_ids=ids.to(place)).logits.cpu())
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fade", [1, 4])
+@torch.no_grad()
+def test_tokens_at_every_rung_in_few_bits_are_what_they_are_on_the_cpu(
+    tiny_llama_factory, coded, random_ids, device, fade
+):
+    settings = Settings(block_tokens=5, fade_tokens=fade, chunk=ChunkSettings(4, 6))
+    plan = RunPlan((coded,), PositionPolicy(coded.rungs, 1), settings, Operating.at(torch.tensor([0.0, 3.0]), 5))
+    model, ids, found = tiny_llama_factory(), random_ids(2, 90), []
+    for place in ("cpu", device):
+        with activate(model.to(place), plan, keep=Keep.DECISIONS) as run:
+            logits = model(input_ids=ids.to(place)).logits.cpu()
+            found.append((logits, run.last.stream.columns()["rung"].cpu(), run.adapter_bytes()))
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].unique().numel() == 6
+    assert found[0][2] == found[1][2]
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_device_holds_the_packed_ladder_and_decodes_the_active_rung(tiny_llama_factory, coded, device):
+    """Bytes by PyTorch's own count: what activation and a pass allocate and keep."""
+    model, ids = tiny_llama_factory().to(device, torch.bfloat16), torch.tensor([[5]], device=device)
+    for rung, rows in ((1.25, 2), (4, 4)):
+        ladder = coded.up_to(rung)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with activate(model, static_plan(ladder, rung)) as run:
+            packed = torch.cuda.memory_allocated() - before
+            run.gated(ids, torch.ones_like(ids).bool(), torch.eye(6, device=device)[None, None, rows])
+            decoded = torch.cuda.memory_allocated() - before - packed
+        # PyTorch allocates in blocks of 512 bytes: of every part of a module's two halves in two banks, and the table
+        parts = 2 * 2 * 6 * len(ladder.modules)
+        assert packed <= ladder.resident_bytes() + 512 * parts + 2**18
+        index = ladder.rung_index(rung)
+        wanted = sum(
+            2 * sum(map(len, ranges)) * (own.a.width + own.b.width)
+            for own, ranges in zip(ladder.modules.values(), ladder.ranges([index]), strict=True)
+        )
+        assert decoded <= wanted + 512 * 2 * len(ladder.modules) + 2**18
 
 
 @torch.no_grad()

@@ -40,14 +40,21 @@ def step(run, cache, ids):
     return waits(lambda: run.forward(ids[:, :1], attention_mask=mask, past_key_values=cache))
 
 
+@pytest.mark.parametrize("kind", ["ladder", "coded"])
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.no_grad()
-def test_a_decode_step_waits_once_for_its_counts_and_once_for_its_rung(
-    tiny_llama_factory, ladder, random_ids, device, rows
+def test_a_decode_step_waits_once_for_its_counts_and_once_for_its_rungs(
+    tiny_llama_factory, request, random_ids, device, rows, kind
 ):
+    """Whatever it decodes: directions in few bits are unpacked on the device."""
+    ladder = request.getfixturevalue(kind)
     model, ids = tiny_llama_factory().to(device), random_ids(rows, 30)
     for plan, expected in ((static_plan(ladder, 4), 1), (deciding(ladder), 2)):
         with activate(model, plan) as run:
+            # what few bits stand for is brought to a device once
+            run.gated(
+                ids[:, :1], torch.ones_like(ids[:, :1]).bool(), torch.ones(1, 1, len(ladder.rungs), device=device)
+            )
             cache = run.new_cache(rows)
             run.forward(ids, past_key_values=cache)
             # over a page's end, where the next page is claimed

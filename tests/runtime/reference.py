@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from policy import SIGNALS, Decision, Operating, RankPolicy, Settings, Summary
-from runtime import Ladder
+from runtime import Adapter, Ladder
 from runtime.control.stream import Stream
+from runtime.fingerprint import adapter_fingerprint
+from runtime.ladder import Directions, svd_factors
+from runtime.ladder.factors import exact_bank
+from runtime.ladder.formats import BITS, encode
 
 OUTPUTS, TOKENS = (0, 1), (2, 3)
 
@@ -30,7 +34,7 @@ class PositionPolicy(RankPolicy):
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         draw = (summary.position * self.multiplier + knob.long()) % 97
         scale = 0.75 + (draw % 3) / 8
-        return Decision(draw % len(self.rungs), scale[:, None] + torch.arange(len(self.rungs)) / 64)
+        return Decision(draw % len(self.rungs), scale[:, None] + torch.arange(len(self.rungs), device=draw.device) / 64)
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, 96.0
@@ -101,13 +105,16 @@ def naive_chunks(
     policy: RankPolicy,
     operating: Operating,
     cost: Sequence[float],
+    banks: Sequence[int],
+    resident: int,
 ) -> tuple[list[NaiveChunk], list[list[float]]]:
     """Chunks and rung weights of one row, by the definition, one token at a time.
 
     outputs [T, 2] (entropy, attention) and token_signals [T, 2] (novelty, prior); `blocks` are the lengths of the
     forward passes. A model output is known once its pass has ended, and is seen by the first opening after that. A
-    prompt never runs above the start rung, and no chunk opens at a rung that the budget could not pay for as long as
-    the chunk may last, with its fade behind it; `cost` [J] are the rungs' costs.
+    prompt never runs above the start rung, no chunk above the `resident` one, and no chunk opens at a rung that the
+    budget could not pay for as long as the chunk may last, with its fade behind it. `cost` [J] are the rungs' costs and
+    `banks` [J] what each reads: of two rungs of one bank a fade reads the dearer, of two banks it reads both.
     """
     chunk, rungs, known = settings.chunk, len(policy.rungs), 0
     knob, start_rung, budget = float(operating.knob), int(operating.start_rung), float(operating.budget)
@@ -151,8 +158,19 @@ def naive_chunks(
             rung = start_rung
             if known and (t >= prompt_tokens or int(decision.rung) <= start_rung):
                 rung = int(decision.rung)
-            leaving = max(0.0, cost[chunks[-1].rung] - budget) if chunks else 0.0
-            while rung and balance - fade * leaving + 1e-9 < (chunk.max_tokens + fade) * max(0.0, cost[rung] - budget):
+            rung = min(rung, resident)
+
+            def excess(j: int) -> float:
+                return max(0.0, cost[j] - budget)
+
+            def leaving(j: int, to: int) -> float:
+                return fade * (excess(j) if banks[j] == banks[to] else cost[j])
+
+            def payable(j: int) -> bool:
+                needed = chunk.max_tokens * excess(j) + leaving(j, 0)
+                return balance - (leaving(chunks[-1].rung, j) if chunks else 0.0) + 1e-9 >= needed  # noqa: B023
+
+            while rung and not payable(rung):
                 rung -= 1
             scale = float(decision.scales[0, rung])
             chunks.append(NaiveChunk(t, rung, scale, list(held)))
@@ -164,7 +182,8 @@ def naive_chunks(
             waiting[signal].append(t)
         progress = min(1.0, (t - chunks[-1].start + 1) / settings.fade_tokens)
         weights.append([a + (b - a) * progress for a, b in zip(fade_from, fade_to, strict=True)])
-        spent = max(cost[j] for j, weight in enumerate(weights[-1]) if weight)
+        read = [j for j, weight in enumerate(weights[-1]) if weight]
+        spent = sum(max(cost[j] for j in read if banks[j] == bank) for bank in {banks[j] for j in read})
         balance = min(balance + budget - spent, 64 * budget)
         if t + 1 in ends:
             for i in range(known, t + 1):
@@ -175,28 +194,71 @@ def naive_chunks(
     return chunks, weights
 
 
-def rung_by_rung(ladder: Ladder, name: str, x: Tensor, weights: Tensor) -> Tensor:
-    """The definition of a gated update: sum_j weight_j * ladder_j(x), each rung computed alone, in float64.
+def by_definition(ladder: Ladder, name: str, x: Tensor, weights: Tensor) -> Tensor:
+    """A gated update as DESIGN section 4 defines it, direction by direction, in float64.
 
+    Of a bank every direction is read as the highest of its active rungs does, as often as its active rungs have it.
     x [..., d_in], weights [..., J] -> [..., d_out].
     """
-    factors, column = ladder.modules[name], list(ladder.modules).index(name)
-    total = torch.zeros(*x.shape[:-1], factors.b.shape[1], dtype=torch.float64)
-    for j in range(len(ladder.rungs)):
-        rank = int(ladder.rank_table[j, column])
-        update = x.double() @ factors.a[:rank].double().T @ factors.b[:rank].double()
-        total += weights[..., j, None].double() * update
-    return total
+    values, alphas = x.double().reshape(-1, x.shape[-1]), weights.expand(*x.shape[:-1], -1).flatten(0, -2)
+    bits = ladder.bits()[:, list(ladder.modules).index(name)].tolist()
+    rows = {
+        (bank, at): own[name].read(0, count, at, torch.float64)
+        for bank, own in enumerate(ladder.banks)
+        for at, count in zip(BITS, own[name].counts(), strict=True)
+    }
+    total = torch.zeros(len(values), ladder.modules[name].b.width, dtype=torch.float64)
+    for own_alphas in alphas.unique(dim=0):
+        read, gates, alpha = [], [], own_alphas.tolist()
+        for bank in range(len(ladder.banks)):
+            active = [j for j, weight in enumerate(alpha) if weight > 0 and ladder.bank_of[j] == bank]
+            for k, finest in enumerate(bits[active[-1]] if active else ()):
+                if finest:
+                    read.append([half[k] for half in rows[bank, finest]])
+                    gates.append(sum(alpha[j] * ladder.scales[j] for j in active if bits[j][k]))
+        if read:
+            here = (alphas == own_alphas).all(1)
+            a, b = (torch.stack(halves) for halves in zip(*read, strict=True))
+            total[here] = (values[here] @ a.T * torch.tensor(gates, dtype=torch.float64)) @ b
+    return total.view(*x.shape[:-1], -1)
+
+
+def handmade_ladder(adapter: Adapter, seed: int = 0) -> Ladder:
+    """A ladder whose rungs differ in everything that a rung may: two banks in few bits beside the exact one, every
+    module another mix of 8, 4, 2 and no bits, every rung its own scale. The adapter's rank is a multiple of 8."""
+    generator, rank = torch.Generator().manual_seed(seed), adapter.rank
+    banks: list[dict[str, Directions]] = [{}, {}]
+    for name, own in adapter.modules.items():
+        for bank, noise in zip(banks, (0.0, 0.01), strict=True):  # the second is another list of directions
+            pair = (half + noise * torch.randn(half.shape, generator=generator) for half in svd_factors(own)[:2])
+            bank[name] = Directions(*map(encode, pair))
+    # Eighths of the rank at which the ranges of 16, 8, 4 and 2 bits end, of every fourth module alike.
+    mixes = [
+        [(0, 0, 1, 3), (0, 0, 0, 0), (0, 1, 1, 2), (0, 0, 2, 2)],
+        [(0, 1, 2, 5), (0, 0, 0, 2), (0, 1, 3, 3), (0, 0, 3, 6)],
+        [(0, 1, 3, 6), (0, 0, 2, 4), (0, 0, 0, 3), (0, 2, 2, 8)],
+        [(0, 2, 5, 8), (0, 0, 4, 6), (0, 0, 3, 8), (0, 3, 6, 8)],
+        [(0, 8, 8, 8)] * 4,
+        [(8, 8, 8, 8)] * 4,
+    ]
+    edges = torch.tensor([[mix[m % 4] for m in range(len(adapter.modules))] for mix in mixes]) * rank // 8
+    rungs = [share * rank for share in (1 / 16, 1 / 8, 5 / 32, 1 / 4, 1 / 2, 1)]
+    ladder = Ladder(
+        "distilled", tuple(rungs), (*banks, exact_bank(adapter)), (0, 0, 1, 1, 1, 2), edges,
+        (1.12, 1.06, 0.95, 1.03, 1.01, 1.0), adapter_fingerprint(adapter), adapter.base_model,
+    )  # fmt: skip
+    assert bool((ladder.rung_bytes().diff() > 0).all()), "a higher rung costs more"
+    return ladder
 
 
 @contextmanager
 def definition_hooks(model: nn.Module, ladder: Ladder, weights: Tensor) -> Iterator[None]:
-    """The plain model whose linears add `rung_by_rung`, for weights [B, T, J] of the whole sequence."""
+    """The plain model whose linears add `by_definition`, for weights [B, T, J] of the whole sequence."""
     with ExitStack() as undo:
         for name in ladder.modules:
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
-                return output + rung_by_rung(ladder, name, args[0], weights).to(output.dtype)
+                return output + by_definition(ladder, name, args[0], weights).to(output.dtype)
 
             undo.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield

@@ -18,7 +18,7 @@ from policy import (
     Settings,
 )
 from runtime import adaptive, build_ladder, generate, load_adapter
-from runtime.control.bucket import SAME_COST, SLACK_TOKENS, Bucket
+from runtime.control.bucket import SAME_COST, SLACK_TOKENS, Bucket, Offer
 from runtime.control.record import Keep
 from runtime.control.stream import Stream
 from runtime.fingerprint import model_fingerprint
@@ -127,10 +127,10 @@ def test_a_fixed_rung_is_never_lowered_by_its_own_budget(tiny_llama, llama_adapt
     assert {chunk.rung for chunk in out.trace[0]} == {4}
 
 
-def stream_of(policy, kv=FULL_KV, start=1, knob=1.0, keep=Keep.SUMS, budget=float("inf")):
-    cost = torch.tensor([COST], dtype=torch.float64)
+def stream_of(policy, kv=FULL_KV, start=1, knob=1.0, keep=Keep.SUMS, budget=float("inf"), resident=3):
+    offer = Offer.of(torch.tensor([COST], dtype=torch.float64), resident=torch.tensor([resident]))
     return Stream(
-        Settings(kv=kv), policy, Operating.at(knob, start, kv, budget=budget), cost, torch.device("cpu"), keep=keep
+        Settings(kv=kv), policy, Operating.at(knob, start, kv, budget=budget), offer, torch.device("cpu"), keep=keep
     )
 
 
@@ -143,6 +143,7 @@ def test_only_what_no_token_can_change_is_static():
     assert stream_of(fixed, kv=KVSettings()).static is None, "pages are judged by them"
     assert stream_of(fixed, start=2).static is None, "it goes elsewhere after the first block"
     assert stream_of(fixed, budget=0.3).static is None, "the budget pays for less"
+    assert stream_of(fixed, start=3, knob=2.0, resident=1).static == [1], "no more than that is in memory"
     assert stream_of(PositionPolicy(RUNGS)).static is None
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from policy import FADES, SIGNALS, ChunkSettings, FixedPolicy, Operating, PercentilePolicy, Settings, SignalSettings
 from policy.operating import UNLIMITED
-from runtime.control.bucket import SLACK_TOKENS
-from runtime.control.record import Keep, trace
+from runtime.control.bucket import SLACK_TOKENS, Offer
+from runtime.control.record import RESPONSE, Keep, trace
 from runtime.control.recurrence import class_bounds, levels
 from runtime.control.signals import next_token_entropy, positional_prior
 from runtime.control.stream import Stream
@@ -27,6 +27,8 @@ from tests.runtime.reference import (
 CPU = torch.device("cpu")
 RUNGS = (0, 2, 4, 8, 16)
 COST = torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0], dtype=torch.float64)
+BANKS = torch.tensor([0, 0, 1, 1, 2])
+"""Of the rungs above: from one to the next there are fades within a bank, and fades from bank to bank."""
 BUDGETS = (UNLIMITED, 0.0, 0.07, 0.25, 0.41, 1.0)
 ENTROPY, ATTENTION, NOVELTY, PRIOR = range(len(SIGNALS))
 
@@ -81,8 +83,21 @@ def spends(batch, knob=1.37, limited=True):
     return Operating.at(knob + 0.61 * (prompts % 4), prompts % len(RUNGS), budget=budgets)
 
 
+def offers(prompts):
+    """Some rows' ladders are in memory up to rung 8 alone; that too follows from the prompt."""
+    resident = torch.where(prompts % 5 == 3, 3, len(RUNGS) - 1)
+    return Offer.of(COST.expand(len(prompts), -1), BANKS.expand(len(prompts), -1), resident)
+
+
 def make_stream(settings, policy, operating, prompts=None, keep=Keep.DECISIONS):
-    return Stream(settings, policy, operating, COST.expand(len(operating), -1), CPU, prompts, keep=keep)
+    offer = offers(torch.zeros(len(operating)) if prompts is None else prompts)
+    return Stream(settings, policy, operating, offer, CPU, prompts, keep=keep)
+
+
+def read_at(weights):
+    """[B, N] bytes that tokens of these weights [B, N, J] read: of every bank what its dearest active rung does."""
+    read = torch.where(weights > 0, COST, 0.0)
+    return sum(read.masked_fill(bank != BANKS, 0.0).amax(-1) for bank in BANKS.unique())
 
 
 def run(settings, policy, batch, rows=slice(None), limited=True):
@@ -115,8 +130,9 @@ def test_decisions_equal_the_definition(settings, policy_of, batch):
         signals = torch.stack([torch.tensor(novelty), prior], -1)
         own_spends = operating.select(torch.tensor([row]))
         chunks, naive_weights = naive_chunks(
-            outputs, signals, int(prompts[row]), blocks, settings, policy, own_spends, COST.tolist()
-        )
+            outputs, signals, int(prompts[row]), blocks, settings, policy, own_spends, COST.tolist(), BANKS.tolist(),
+            int(offers(prompts).resident[row]),
+        )  # fmt: skip
         weights = weights_of(record, settings, len(RUNGS))
 
         got = row_of(record, row)
@@ -202,7 +218,7 @@ def test_the_future_changes_no_earlier_decision(settings, batch, data):
 def test_first_block_runs_at_the_start_rung(settings, policy_of, batch):
     record = run(settings, policy_of(RUNGS), batch, limited=False).columns()
     first = record["rung"][:, : settings.block_tokens]
-    assert (first == spends(batch).start_rung[:, None]).all()
+    assert (first == torch.minimum(spends(batch).start_rung, offers(batch[4]).resident)[:, None]).all()
     # at the scale that the policy gives it
     scales = record["scale"][:, : settings.block_tokens]
     if policy_of is complexity_policy:
@@ -234,7 +250,7 @@ def test_fade_ends_exactly_at_the_one_hot_times_scale(settings, policy_of, batch
     for start in range(0, max(lengths), settings.block_tokens):
         part = slice(start, min(start + settings.block_tokens, max(lengths)))
         real = torch.arange(part.start, part.stop) < torch.tensor(lengths)[:, None]
-        gates.append(stream.open_block(tokens[:, part], real)[0])
+        gates.append(stream.open_block(tokens[:, part], real))
         stream.close_block(logits[:, part], attention[:, part])
     weights, record = torch.cat(gates, 1), stream.columns()
     for row in range(len(lengths)):
@@ -258,7 +274,7 @@ def test_weights_of_unscaled_rungs_sum_to_one(fade):
     stream = make_stream(settings, policy, Operating.at(2.0, torch.full((4,), 4)), keep=Keep.SUMS)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        gates, _ = stream.open_block(torch.randint(0, 9, (4, 1), generator=generator), torch.ones(4, 1).bool())
+        gates = stream.open_block(torch.randint(0, 9, (4, 1), generator=generator), torch.ones(4, 1).bool())
         torch.testing.assert_close(gates.sum(-1), torch.ones(4, 1))
         logits = torch.randn(4, 1, 9, generator=generator) * 3
         stream.close_block(logits, torch.rand(4, 1, generator=generator))
@@ -390,12 +406,37 @@ def test_no_stretch_of_a_row_spends_more_than_its_budget_and_the_slack(settings,
     operating = Operating.at(96.0, (budget >= COST).sum() - 1, budget=budget)
     stream = make_stream(settings, policy_of(RUNGS), operating.for_rows(len(lengths)), prompts)
     drive(stream, long[0], [6 * tokens.shape[1]] * len(lengths), long[1], long[2], settings.block_tokens)
-    spent = torch.nn.functional.pad(COST[stream.columns()["active"]].cumsum(1), (1, 0))
+    read = read_at(weights_of(stream.columns(), settings, len(RUNGS)))
+    spent = torch.nn.functional.pad(read.cumsum(1), (1, 0))
     steps = torch.arange(spent.shape[1])
     stretch = spent[:, None, :] - spent[:, :, None]  # [B, from, to]
     allowed = budget * (steps - steps[:, None] + SLACK_TOKENS)
     assert ((stretch - allowed).triu() <= 1e-6).all()
     assert (stream.state.bucket.balance >= -1e-6).all()
+
+
+@given(settings_strategy(), policies, batches())
+def test_the_sums_know_what_was_read(settings, policy_of, batch):
+    """To the byte, fades from bank to bank included."""
+    stream = run(settings, policy_of(RUNGS), batch)
+    record, prompts = stream.columns(), batch[4]
+    read = read_at(weights_of(record, settings, len(RUNGS)))
+    for part, inside in enumerate((record["positions"] < prompts[:, None], record["positions"] >= prompts[:, None])):
+        counted = record["real"] & inside
+        sums = (stream.sums.counts + stream.sums.beside)[:, part] @ COST
+        torch.testing.assert_close(sums, (read * counted).sum(1))
+        assert torch.equal(stream.sums.counts[:, part].sum(1), counted.sum(1).double()), "every token once"
+
+
+def test_a_fade_between_banks_is_counted_at_both_rungs():
+    """Chunks of four tokens, faded over all four: three of them read both of their rungs, the last its own."""
+    settings = Settings(block_tokens=4, fade_tokens=4, chunk=ChunkSettings(4, 4))
+    for start, to, both in ((2, 4, True), (2, 3, False), (0, 2, True)):
+        stream = make_stream(settings, FixedPolicy(RUNGS), Operating.at(float(to), start))
+        drive(stream, torch.zeros(1, 12, dtype=torch.long), [12], torch.zeros(1, 12, 4), torch.zeros(1, 12), 4)
+        counts, beside = stream.sums.counts[0, RESPONSE].tolist(), stream.sums.beside[0, RESPONSE].tolist()
+        assert counts == [4.0 * (j == start) + 8.0 * (j == to) for j in range(5)]
+        assert beside == [3.0 * (j == start and both) for j in range(5)]
 
 
 def test_a_bucket_caps_what_would_overspend_and_spends_what_it_has():

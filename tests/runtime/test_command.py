@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 from policy import ChunkSettings, Fingerprints, KnobCurve, KVSettings, PercentilePolicy, PolicyCheckpoint, Settings
-from runtime import build_ladder, load_adapter, load_model, load_tokenizer
+from runtime import build_ladder, load_adapter, load_ladder, load_model, load_tokenizer, save_ladder
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.generate.__main__ import main
 from runtime.ladder.adapter import WEIGHTS_NAME
+from tests.runtime.reference import handmade_ladder
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = {"text", "tokens", "ms_per_token", "mean_rank", "kv_bytes", "kv_bytes_full", "kv_bytes_allocated", "chunks"}
+KEYS = {
+    "text", "tokens", "ms_per_token", "mean_rank", "adapter_bytes", "adapter_share", "kv_bytes", "kv_bytes_full",
+    "kv_bytes_allocated", "chunks",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,38 @@ def test_repetition_penalty_changes_the_text(command):
     assert command("--repetition-penalty", "1.8")[1] != command()[1]
 
 
+@pytest.fixture(scope="module")
+def coded(stories_adapter, tmp_path_factory):
+    return save_ladder(handmade_ladder(load_adapter(stories_adapter)), tmp_path_factory.mktemp("ladders") / "ladder")
+
+
+def test_a_rung_between_whole_ranks(command, coded):
+    status, out, err = command("--rung", "1.25", "--json", adapter=coded)
+    assert (status, err) == (0, "")
+    result, ladder = json.loads(out.splitlines()[-1]), load_ladder(coded)
+    assert {chunk["rung"] for chunk in result["chunks"]} == {1.25}
+    assert result["adapter_bytes"] == float(ladder.rung_bytes()[2])
+    assert result["adapter_share"] == pytest.approx(float(ladder.rung_bytes()[2] / ladder.rung_bytes()[-1]))
+    assert result["mean_rank"] == pytest.approx(float(ladder.mean_rank()[2]))
+
+
+@pytest.mark.filterwarnings("always:every token gets rung")
+def test_the_resident_rung_is_served_and_said_in_one_line(command, coded):
+    status, out, err = command("--resident-rung", "1.25", adapter=coded)
+    assert (status, err) == (0, "warning: every token gets rung 1.25, the resident one, not the exact adapter 8\n")
+    assert out == command("--rung", "1.25", adapter=coded)[1]
+    assert command("--resident-rung", "1.25", "--rung", "0.5", adapter=coded)[::2] == (0, "")
+    status, out, err = command("--resident-rung", "1.25", "--rung", "2", adapter=coded)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: rung: expected at most the resident rung 1.25, got 2; ")
+
+
+def test_a_single_new_token_has_no_bytes_of_its_own(command):
+    _, out, _ = command("--json", "--max-new-tokens", "1")
+    result = json.loads(out.splitlines()[-1])
+    assert [result[name] for name in ("mean_rank", "adapter_bytes", "adapter_share")] == [None] * 3
+
+
 def damaged(folder, path, name=WEIGHTS_NAME):
     shutil.copytree(folder, path)
     weights = path / name
@@ -130,6 +166,13 @@ MISTAKES = {
     "model given as adapter": lambda f: ((), {"adapter": f("stories_path")}),
     "rung above the rank": lambda f: (("--rung", "9"), {}),
     "negative rung": lambda f: (("--rung", "-1"), {}),
+    "rung that is no number": lambda f: (("--rung", "nan"), {}),
+    "rung between whole ranks of an svd ladder": lambda f: (("--rung", "2.5"), {}),
+    "rung above the resident one": lambda f: (("--rung", "4", "--resident-rung", "2"), {}),
+    "whole budget beside a resident rung": lambda f: (
+        ("--policy", f("policy"), "--budget", "1", "--resident-rung", "4"),
+        {},
+    ),
     "negative budget": lambda f: (("--policy", f("policy"), "--budget", "-0.5"), {}),
     "budget that is no number": lambda f: (("--policy", f("policy"), "--budget", "nan"), {}),
     "budget without policy": lambda f: (("--budget", "0.5"), {}),
@@ -173,6 +216,7 @@ def test_mistake_ends_in_one_line_and_status_two(mistake, command, request):
         *[("--repetition-penalty", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
         *[("--max-new-tokens", value) for value in ("0", "-1", str(10**30))],
         *[("--seed", value) for value in ("-1", str(2**32))],
+        *[(flag, value) for flag in ("--rung", "--resident-rung") for value in ("-1", "nan", "inf", "1e300")],
     ],
 )
 def test_a_number_beyond_its_limit_is_named_before_anything_is_read(flag, value, monkeypatch, capsys):
@@ -180,7 +224,9 @@ def test_a_number_beyond_its_limit_is_named_before_anything_is_read(flag, value,
     monkeypatch.setattr(sys, "argv", ["generate", *given])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert re.fullmatch(rf"error: {flag[2:]}: expected a .*number in .*, got .*; correct it\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        rf"error: {flag[2:]}: expected a .*(number|rank) in .*, got .*; correct it\n", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("temperature", ["1e-6", "1e6"])

@@ -1,4 +1,6 @@
-"""The gate and its cross-fade equal their definition, computed one rung at a time, on every shape of rank table."""
+"""The gate and its cross-fade equal their definition, computed direction by direction, on every shape of table."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,28 +10,65 @@ from hypothesis import strategies as st
 from policy import FADES, ChunkSettings
 from runtime import build_ladder, load_adapter
 from runtime.control.record import Keep
-from runtime.ladder import Ladder
-from runtime.ladder.adapter import Adapter, LoraFactors
-from runtime.ladder.formats import BITS
+from runtime.ladder import Directions, Ladder
+from runtime.ladder.formats import BITS, encode, wide_rows
+from runtime.ops.reference import direction_gate
+from runtime.reference import gate as gate_module
 from runtime.reference.adaptive import activate
-from runtime.reference.gate import AdaptedLinear, Gate
-from tests.runtime.reference import PositionPolicy, definition_hooks, rung_by_rung, weights_of
+from runtime.reference.gate import KEPT_LAYOUTS, AdaptedLinear, Gate
+from tests.runtime.reference import PositionPolicy, by_definition, definition_hooks, handmade_ladder, weights_of
 
 CPU = torch.device("cpu")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+RANK = 6
 
 
-def random_ladder(ranks: list[list[int]], seed: int) -> Ladder:
-    """`ranks` [M][J] non-decreasing, the last of each is the module's full rank."""
+@st.composite
+def ladders(draw):
+    """Any table: two to six rungs in one to three banks, each bank in few bits or in 16, one to four modules."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    modules, below = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    bank_of = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=below, max_size=below).map(sorted))).unique(
+        return_inverse=True
+    )[1]
+    last = int(bank_of[-1]) + 1
+    coded = draw(st.lists(st.booleans(), min_size=last, max_size=last))
+    edges = torch.zeros(below + 1, modules, len(BITS), dtype=torch.long)
+    for bank in range(last):
+        for m in range(modules):
+            mine = (bank_of == bank).nonzero()[:, 0].tolist()
+            ends = torch.zeros(len(BITS), dtype=torch.long)
+            for j in mine:
+                # Ends fall neither along formats nor along the rungs of a bank; a wide bank has one format.
+                more = torch.randint(0, RANK + 1, (len(BITS),), generator=generator).sort().values
+                more = more * torch.tensor([0, 1, 1, 1]) if coded[bank] else more[-1].expand(len(BITS))
+                edges[j, m] = ends = torch.maximum(ends, more)
+    edges[-1] = RANK
+    banks = []
+    for bank in range(last + 1):
+        write = encode if bank < last and coded[bank] else wide_rows
+        banks.append(
+            {
+                f"m{m}": Directions(*(write(torch.randn(RANK, width, generator=generator) / 4) for width in (6 + m, 9)))
+                for m in range(modules)
+            }
+        )
+    scales = (*(0.8 + 0.4 * torch.rand(below, generator=generator)).tolist(), 1.0)
+    return Ladder("mixed", tuple(range(below + 1)), tuple(banks), (*bank_of.tolist(), last), edges, scales, "none")
+
+
+def random_weights(ladder, rows, tokens, seed, several):
+    """[B, T, J]: of every token some rungs, or one."""
     generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for m, column in enumerate(ranks):
-        full = max(column[-1], 1)
-        draw = [torch.randn(*shape, generator=generator) / 4 for shape in ((full, 6 + m), (9, full))]
-        modules[f"m{m}"] = LoraFactors(*draw, 1.0)
-    ladder = build_ladder(Adapter(None, None, modules))
-    edges = torch.tensor(ranks).T[..., None].repeat(1, 1, len(BITS))
-    return Ladder("test", tuple(range(len(ranks[0]))), ladder.modules, edges, "none")
+    weights = torch.rand(rows, tokens, len(ladder.rungs), generator=generator)
+    if several:
+        return weights * (torch.rand(weights.shape, generator=generator) < 0.5)
+    one = torch.randint(len(ladder.rungs), (rows, tokens), generator=generator)
+    return weights * torch.nn.functional.one_hot(one, len(ladder.rungs))
+
+
+def active_in(weights):
+    return [j for j in range(weights.shape[-1]) if bool((weights[..., j] > 0).any())]
 
 
 def zeros(x):
@@ -37,88 +76,203 @@ def zeros(x):
     return torch.zeros(*x.shape[:-1], 9, dtype=x.dtype)
 
 
-def width(directions):
-    """How many directions are read; none of a module without any."""
-    return 0 if directions is None else directions.shape[-1]
-
-
-columns = st.integers(1, 4).flatmap(
-    lambda rungs: st.lists(
-        st.lists(st.integers(0, 7), min_size=rungs, max_size=rungs).map(sorted), min_size=1, max_size=4
+def adapted(ladder, gate, name):
+    return AdaptedLinear(
+        zeros, gate, gate.column[name], {number: bank[name] for number, bank in enumerate(ladder.banks)}
     )
-)
 
 
-@given(columns, st.integers(1, 3), st.integers(1, 5), st.integers(0, 1000))
-def test_gated_update_is_the_weighted_sum_of_rungs(ranks, rows, tokens, seed):
-    ladder = random_ladder(ranks, seed)
-    generator = torch.Generator().manual_seed(seed)
-    rungs = len(ladder.rungs)
-    active = int(torch.randint(rungs, (), generator=generator))
-    weights = torch.rand(rows, tokens, rungs, generator=generator)
-    weights[..., active + 1 :] = 0
+@given(ladders(), st.integers(1, 3), st.integers(1, 5), st.integers(0, 1000), st.booleans())
+def test_gated_update_equals_the_definition(ladder, rows, tokens, seed, several):
+    weights = random_weights(ladder, rows, tokens, seed, several)
     gate = Gate(ladder, CPU)
-    gate.set(weights, active)
-    for m, (name, factors) in enumerate(ladder.modules.items()):
-        x = torch.randn(rows, tokens, factors.a.shape[1], generator=generator)
-        got = AdaptedLinear(zeros, gate, gate.column[name], factors.a, factors.b)(x)
-        torch.testing.assert_close(got.double(), rung_by_rung(ladder, name, x, weights), **CLOSE)
-        # no more directions than the active rung has: what is not needed is not computed
-        assert width(gate.directions(gate.column[name], x)) == ranks[m][active]
+    gate.set(weights, active_in(weights), fades=several)
+    ranges = ladder.ranges(active_in(weights))
+    for m, name in enumerate(ladder.modules):
+        x = torch.randn(rows, tokens, 6 + m, generator=torch.Generator().manual_seed(seed))
+        got = adapted(ladder, gate, name)(x)
+        torch.testing.assert_close(got.double(), by_definition(ladder, name, x, weights), **CLOSE)
+        # no more directions than the active rungs read: what is not needed is not computed
+        read = gate.read(gate.column[name], x)
+        assert (() if read is None else read[0]) == tuple(ranges[m])
+        assert (0 if read is None else read[1].shape[-1]) == sum(map(len, ranges[m]))
 
 
-@given(columns, st.integers(0, 1000))
-def test_one_hot_weights_gate_exactly_a_prefix(ranks, seed):
-    ladder = random_ladder(ranks, seed)
+@given(ladders())
+def test_one_rung_reads_its_own_directions_and_nothing_else(ladder):
+    gate, top = Gate(ladder, CPU), len(ladder.rungs) - 1
+    for j in range(top + 1):
+        weights = torch.nn.functional.one_hot(torch.tensor([[j]]), top + 1) * 1.125
+        for active in ([j], [*range(top + 1)]):  # alone, and where other tokens of the pass run at all the others
+            gate.set(weights, active)
+            for m, name in enumerate(ladder.modules):
+                read = gate.read(gate.column[name], torch.empty(0))
+                found = [] if read is None else read[1][0, 0].tolist()
+                ranges = () if read is None else read[0]
+                bits = ladder.bits()[j, m]
+                expected = [
+                    1.125 * ladder.scales[j] * (r.bank == ladder.bank_of[j] and int(bits[k]) == r.bits)
+                    for r in ranges
+                    for k in range(r.start, r.stop)
+                ]
+                assert found == pytest.approx(expected, rel=1e-6)
+                assert sum(value > 0 for value in found) == int((bits > 0).sum())
+
+
+@given(ladders(), st.integers(0, 1000))
+def test_without_a_second_rung_of_a_bank_a_gate_is_one_product(ladder, seed):
+    """What the plain pass computes is what the definition's op does."""
+    weights = random_weights(ladder, 2, 3, seed, several=False)
+    gate, bank_of = Gate(ladder, CPU), torch.tensor(ladder.bank_of)
+    active = active_in(weights)
+    gate.set(weights, active, fades=False)
+    layout = gate._made(tuple(active))
+    reads = layout.cells if layout.reads is None else layout.reads
+    full = direction_gate(weights * torch.tensor(ladder.scales), layout.cells, reads, bank_of)
+    for name in ladder.modules:
+        read, column = gate.read(gate.column[name], torch.empty(0)), layout.columns[gate.column[name]]
+        assert read is None or torch.equal(read[1], full[..., column])
+
+
+def test_a_fade_reads_every_direction_at_the_finest_bits_and_both_ends_are_exact():
+    """One module, four directions. Rung 0 reads 2, 2, -, -; rung 1 reads 8, 4, 2, -; rung 2 is exact."""
+    edges = torch.tensor([[0, 0, 0, 2], [0, 1, 2, 3], [4, 4, 4, 4]])[:, None]
+    rows = {"m": Directions(encode(torch.randn(4, 6)), encode(torch.randn(4, 9)))}
+    exact = {"m": Directions(wide_rows(torch.randn(4, 6)), wide_rows(torch.randn(4, 9)))}
+    ladder = Ladder("mixed", (1, 2, 4), (rows, exact), (0, 0, 1), edges, (1.5, 1.25, 1.0), "none")
     gate = Gate(ladder, CPU)
-    for j in range(len(ladder.rungs)):
-        weights = torch.nn.functional.one_hot(torch.tensor([[j]]), len(ladder.rungs)) * 1.125
-        gate.set(weights, len(ladder.rungs) - 1)
-        for m, name in enumerate(ladder.modules):
-            expected = (torch.arange(ranks[m][-1]) < ranks[m][j]) * 1.125
-            found = gate.directions(gate.column[name], torch.empty(0))
-            assert width(found) == ranks[m][-1]
-            assert found is None or torch.equal(found[0, 0], expected)
+    weights = torch.tensor([[[1, 0, 0], [0.75, 0.25, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]]])
+    gate.set(weights, (0, 1, 2))
+    ranges, found = gate.read(0, torch.empty(0))
+    assert [(r.bank, r.bits, r.start, r.stop) for r in ranges] == [
+        (0, 8, 0, 1), (0, 4, 1, 2), (0, 2, 0, 3), (1, 16, 0, 4),
+    ]  # fmt: skip
+    both = 0.75 * 1.5 + 0.25 * 1.25
+    assert found[0].tolist() == [
+        # 8: k=0; 4: k=1; 2: k=0, 1, 2; exact: k=0, 1, 2, 3
+        [0, 0, 1.5, 1.5, 0, 0, 0, 0, 0],
+        [both, both, 0, 0, 0.25 * 1.25, 0, 0, 0, 0],
+        [1.25, 1.25, 0, 0, 1.25, 0, 0, 0, 0],
+        [0.625, 0.625, 0, 0, 0.625, 0.5, 0.5, 0.5, 0.5],
+        [0, 0, 0, 0, 0, 1, 1, 1, 1],
+    ]
 
 
-def test_modules_of_equal_ranks_share_their_gate(llama_adapter):
-    gate = Gate(build_ladder(load_adapter(llama_adapter)), CPU)
-    assert set(gate.column.values()) == {0}
+def test_modules_of_equal_edges_share_their_gate(llama_adapter):
+    adapter = load_adapter(llama_adapter)
+    assert set(Gate(build_ladder(adapter), CPU).column.values()) == {0}
+    assert set(Gate(handmade_ladder(adapter), CPU).column.values()) == {0, 1, 2, 3}
 
 
-def test_input_flattened_by_the_model_is_gated_token_by_token():
-    ladder = random_ladder([[1, 3]], seed=0)
+def test_the_gates_of_all_modules_are_one_product(llama_adapter, monkeypatch):
+    """However many tables there are, and none where the weights stay what they are."""
+    ladder, made = handmade_ladder(load_adapter(llama_adapter)), []
+    monkeypatch.setattr(gate_module, "direction_gate", lambda *tables: made.append(1) or direction_gate(*tables))
     gate = Gate(ladder, CPU)
-    weights = torch.rand(2, 5, 2)
-    gate.set(weights, 1)
-    factors = ladder.modules["m0"]
-    adapted = AdaptedLinear(zeros, gate, 0, factors.a, factors.b)
-    x = torch.randn(2, 5, 6)
-    expected = adapted(x)
-    assert torch.equal(adapted(x.view(10, 6)), expected.view(10, 9))
+    gate.set(torch.rand(2, 3, len(ladder.rungs)), range(len(ladder.rungs)))
+    for _ in range(2):
+        for name in ladder.modules:
+            gate.read(gate.column[name], torch.empty(0))
+    assert len(made) == 1
+
+
+def test_tables_are_kept_for_the_latest_sets_of_rungs(llama_adapter):
+    ladder = handmade_ladder(load_adapter(llama_adapter))
+    gate, weights = Gate(ladder, CPU), torch.rand(1, 1, len(ladder.rungs))
+    sets = [tuple(j for j in range(6) if number >> j & 1) for number in range(64)]
+    for active in [*sets, *sets]:
+        gate.set(weights, active)
+    assert len(gate._layouts) == min(KEPT_LAYOUTS, len(sets))
+
+
+def test_input_flattened_by_the_model_is_gated_token_by_token(llama_adapter):
+    ladder = handmade_ladder(load_adapter(llama_adapter))
+    name = next(name for name, own in ladder.modules.items() if own.b.width == 64)
+    linear = AdaptedLinear(
+        lambda x: torch.zeros(*x.shape[:-1], 64),
+        gate := Gate(ladder, CPU),
+        gate.column[name],
+        {number: bank[name] for number, bank in enumerate(ladder.banks)},
+    )
+    weights = torch.rand(2, 5, len(ladder.rungs))
+    gate.set(weights, range(len(ladder.rungs)))
+    x = torch.randn(2, 5, ladder.modules[name].a.width)
+    expected = linear(x)
+    assert torch.equal(linear(x.view(10, -1)), expected.view(10, -1))
     # and where all tokens of a row have one gate
-    gate.set(weights[:, :1], 1)
-    expected = adapted(x)
-    assert torch.equal(adapted(x.view(10, 6)), expected.view(10, 9))
-    torch.testing.assert_close(expected.double(), rung_by_rung(ladder, "m0", x, weights[:, :1].expand(-1, 5, -1)))
+    gate.set(weights[:, :1], range(len(ladder.rungs)))
+    expected = linear(x)
+    assert torch.equal(linear(x.view(10, -1)), expected.view(10, -1))
+    torch.testing.assert_close(
+        expected.double(), by_definition(ladder, name, x, weights[:, :1].expand(-1, 5, -1)), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("inner", [torch.float32, torch.bfloat16])
-def test_a_layer_of_another_dtype_is_updated_in_its_own(inner):
+@given(ladder=ladders())
+def test_a_layer_of_another_dtype_is_updated_in_its_own(inner, ladder):
     """Some models keep a few layers in float32; what the layer puts out stays what it is."""
-    ladder = random_ladder([[1, 3]], seed=0)
-    factors, gate, x = ladder.modules["m0"], Gate(ladder, CPU), torch.randn(2, 5, 6)
-    weights = torch.rand(2, 5, 2)
-    stored = torch.bfloat16 if inner == torch.float32 else torch.float32
-    adapted = AdaptedLinear(zeros, gate, 0, factors.a.to(stored), factors.b.to(stored))
-    for active in (1, 0, 1):  # fewer directions in between
+    gate, x = Gate(ladder, CPU), torch.randn(2, 5, 6)
+    weights, linear = torch.rand(2, 5, len(ladder.rungs)), adapted(ladder, gate, "m0")
+    for last in range(len(ladder.rungs)):  # other directions every time
         used = weights.clone()
-        used[..., active + 1 :] = 0
-        gate.set(used, active)
-        found = adapted(x.to(inner))
+        used[..., last + 1 :] = 0
+        gate.set(used, range(last + 1))
+        found, expected = linear(x.to(inner)), by_definition(ladder, "m0", x, used)
         assert found.dtype == inner
-        expected = rung_by_rung(ladder, "m0", x, used)
-        torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.05)
+        read = gate.read(gate.column["m0"], found)
+        if read is None:
+            assert not found.any()
+            continue
+        # Roundings of a term: x, a, gate, the product with it, b and the whole, and those of the two sums it is in.
+        (a, b), gates = (half.double().abs() for half in linear.decoded), read[1].double()
+        most = (x.double().abs() @ a.T * gates) @ b
+        roundings = 6 + a.shape[1] + len(a)
+        assert ((found.double() - expected).abs() <= roundings * torch.finfo(inner).eps / 2 * most).all()
+
+
+def decoded_bytes(linear):
+    """What an adapted linear holds beside the stored directions."""
+    stored = {part.untyped_storage().data_ptr() for own in linear.directions.values() for half in (own.a, own.b)
+              for part in half.parts().values()}  # fmt: skip
+    return sum(x.nbytes for x in linear.decoded or () if x.untyped_storage().data_ptr() not in stored)
+
+
+@given(ladders(), st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=5))
+def test_what_is_decoded_is_no_more_than_the_active_rungs_read(ladder, passes):
+    """The rows of the latest pass alone; and nothing where one range of 16 bits is read, which needs no copy."""
+    gate = Gate(ladder, CPU)
+    linear = adapted(ladder, gate, "m0")
+    for asked in passes:
+        active = sorted(j for j in asked if j < len(ladder.rungs))
+        weights = torch.zeros(1, 1, len(ladder.rungs))
+        weights[..., active] = 0.5
+        gate.set(weights, active)
+        linear(torch.randn(1, 1, 6))
+        ranges = ladder.ranges(active)[0]
+        if ranges:
+            rows = sum(map(len, ranges))
+            assert decoded_bytes(linear) == (0 if len(ranges) == 1 and ranges[0].bits == 16 else 4 * rows * (6 + 9))
+            exact = max(active) == len(ladder.rungs) - 1
+            # of every bank at most its directions at each of the formats in which two active rungs read them
+            assert rows <= RANK * (exact + 3 * len({ladder.bank_of[j] for j in active}))
+
+
+def test_passes_that_read_the_same_decode_once(llama_adapter):
+    ladder = handmade_ladder(load_adapter(llama_adapter))
+    gate, name = Gate(ladder, CPU), next(iter(ladder.modules))
+    linear = AdaptedLinear(
+        lambda x: torch.zeros(*x.shape[:-1], ladder.modules[name].b.width), gate, gate.column[name],
+        {number: bank[name] for number, bank in enumerate(ladder.banks)},
+    )  # fmt: skip
+    x, weights, held = torch.randn(1, 1, ladder.modules[name].a.width), torch.rand(1, 1, len(ladder.rungs)), []
+    for active in ([1], [1], [3], [1]):
+        gate.set(weights, active)
+        linear(x)
+        held.append(linear.decoded[0])
+    assert held[0] is held[1]
+    assert all(a is not b for a, b in pairwise(held[1:]))
+    assert torch.equal(held[0], held[3])
 
 
 CHUNKS = {
@@ -130,24 +284,33 @@ CHUNKS = {
 
 @pytest.mark.parametrize("fade", FADES)
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS.keys())
-@pytest.mark.parametrize("varied", [False, True], ids=["uniform table", "table by module"])
+@pytest.mark.parametrize("kind", ["svd", "varied", "coded"])
 def test_forward_with_fades_equals_the_definition(
-    fade, chunk, varied, llama_adapter, varied_ladder, make_plan, tiny_llama_factory
+    fade, chunk, kind, llama_adapter, varied_ladder, make_plan, tiny_llama_factory
 ):
     rungs = (0, 1, 3, 5, 8)
-    ladder = varied_ladder(llama_adapter, rungs) if varied else build_ladder(load_adapter(llama_adapter), rungs)
+    ladder = {
+        "svd": lambda: build_ladder(load_adapter(llama_adapter), rungs),
+        "varied": lambda: varied_ladder(llama_adapter, rungs),
+        "coded": lambda: handmade_ladder(load_adapter(llama_adapter)),
+    }[kind]()
     plan = make_plan(
-        ladder, PositionPolicy, torch.tensor([0.0, 7.0]), chunk=chunk(fade), fade_tokens=fade, block_tokens=5
+        ladder,
+        lambda rungs: PositionPolicy(rungs, 1),
+        torch.tensor([0.0, 3.0]),
+        chunk=chunk(fade),
+        fade_tokens=fade,
+        block_tokens=5,
     )
     tokens = torch.randint(3, 256, (2, 121), generator=torch.Generator().manual_seed(fade))
     model = tiny_llama_factory()
     with activate(model, plan, keep=Keep.DECISIONS) as run:
         logits = model(tokens).logits
         record = run.last.stream.columns()
-        weights = weights_of(record, plan.settings, len(rungs))
+        weights = weights_of(record, plan.settings, len(ladder.rungs))
         # the pass that measures training targets, without cache and blocks, gives the same
         gated = run.gated(tokens, torch.ones_like(tokens, dtype=torch.bool), weights.float())
         torch.testing.assert_close(gated, logits, **CLOSE)
-    assert record["rung"].unique().numel() == len(rungs), "the case is to visit every rung"
+    assert record["rung"].unique().numel() == len(ladder.rungs), "the case is to visit every rung"
     with definition_hooks(model, ladder, weights), torch.no_grad():
         torch.testing.assert_close(logits, model(tokens).logits, **CLOSE)
