@@ -30,7 +30,7 @@ class Amounts:
     min_completion_tokens: int = _amount(32, COUNT)
     """Shorter documents are left out: they end before a rung can change."""
     shard_documents: int = _amount(4, COUNT)
-    """Documents per forward of target collection, each at every rung and scale, and per resumable shard."""
+    """Documents per resumable shard of targets, each at every rung and scale."""
     scales: tuple[float, ...] = _amount((0.8, 1.0, 1.2), SCALES)
     """Scale grid on which targets of truncated rungs are measured; the policy interpolates in it."""
     later_chunks: int = _amount(24, COUNT)

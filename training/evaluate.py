@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data import encode, pack
+from policy.rungs import RUNG
 from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
 from runtime.ladder import open_ladder
@@ -61,6 +62,10 @@ class Evaluation:
     """Byte-weighted active rank over the positions that predict scored tokens."""
     prompt_mean_rank: float | None
     """Over prompt tokens; None where no document has a prompt."""
+    adapter_bytes: float
+    """What a scored token read of the adapter, on average."""
+    adapter_share: float
+    """The same over the exact adapter's."""
     kv_bytes: int
     """Keys and values of all documents, each at its end, in the formats of their pages."""
     kv_bytes_full: int
@@ -76,7 +81,7 @@ def evaluate(
     adapter: str = str(EMBEDDED / "adapter"),
     policy: str | None = None,
     budget: float | None = None,
-    rung: int | None = None,
+    rung: float | None = None,
     dataset: str = str(EMBEDDED / "text"),
     split: str = "test",
     seed: int = 0,
@@ -92,7 +97,7 @@ def evaluate(
         adapter: PEFT LoRA folder, hub id or saved ladder.
         policy: Policy folder; without one every token gets the full adapter, or `rung`.
         budget: Mean adapter cost relative to the top rung, 0 to 1; default: the policy's own.
-        rung: One fixed rank instead of a policy.
+        rung: One fixed rung, by its equivalent rank, instead of a policy.
         dataset: Folder with train/validation/test .jsonl[.xz], a file, a built-in name or any `datasets` name.
         split: Split of the dataset, or `all`; of a single file, the part of this name that `training.fit` makes of it.
         seed: The seed of the fit, from which those parts follow.
@@ -102,10 +107,11 @@ def evaluate(
         dtype: float32, bfloat16, float16 or auto; what the model computes in.
     """
     ladder = open_ladder(adapter)
+    fixed = None if rung is None else RUNG.take("rung", rung)
     network = load_model(model, dtype=dtype)
     require_servable(network, [ladder])
     fingerprint = None if policy is None else model_fingerprint(network)
-    plan = plan_run(ladder, policy=policy, budget=budget, rung=rung, model_fingerprint=fingerprint)
+    plan = plan_run(ladder, policy=policy, budget=budget, rung=fixed, model_fingerprint=fingerprint)
     blocks = {1, plan.settings.block_tokens if block_tokens is None else block_tokens}
     runs = {"no adapter": plan_run(ladder, rung=0), "full rank": plan_run(ladder)}
     runs |= {f"block {block}": with_block(plan, block) for block in sorted(blocks)}
@@ -146,11 +152,12 @@ def measure_perplexity(name: str, model: PreTrainedModel, plan: RunPlan, example
     """Score `plan` on the documents, a batch at a time."""
     (scores,) = Scorer(model, plan.ladder, examples, ["perplexity"], ROWS).score(plan, name)
     assert scores.kv is not None, "one point has its caches to itself"
-    ranks = plan.rung_rank()[0].numpy()
+    ranks, read = plan.rung_rank()[0].numpy(), plan.ladder.rung_bytes().numpy()
     return Evaluation(
         name, plan.settings.block_tokens, len(examples), "completion_mask" in examples[0], int(scores.tokens.sum()),
-        scores.value("perplexity"), scores.mean(ranks), scores.prompt_mean(ranks), scores.kv.text,
-        scores.kv.full, scores.kv.allocated, scores.ms_per_token,
+        scores.value("perplexity"), scores.mean(ranks), scores.prompt_mean(ranks),
+        scores.mean(read), scores.mean(read / read[-1]), scores.kv.text, scores.kv.full, scores.kv.allocated,
+        scores.ms_per_token,
     )  # fmt: skip
 
 
@@ -159,6 +166,7 @@ def _table(found: Sequence[Evaluation]) -> Table:
         "run": lambda e: e.name,
         "perplexity": lambda e: f"{e.perplexity:.4f}",
         "rank": lambda e: f"{e.mean_rank:.2f}",
+        "adapter": lambda e: f"{e.adapter_share:.1%}",
         "prompt": lambda e: "-" if e.prompt_mean_rank is None else f"{e.prompt_mean_rank:.2f}",
         "KV MB": lambda e: f"{e.kv_bytes / 1e6:.1f}",
         "of full": lambda e: f"{e.kv_bytes / e.kv_bytes_full:.0%}",

@@ -30,29 +30,39 @@ from torch import Tensor
 from policy.checkpoint import Fingerprints, PolicyCheckpoint
 from policy.cost import LatencyTable
 from policy.files import write_whole
-from policy.rungs import rungs_at_shares
+from policy.limits import Choice
 from policy.settings import ChunkSettings, KVSettings, Settings, SignalSettings
 from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
-from runtime.ladder import Ladder, open_ladder, save_ladder
+from runtime.ladder.factors import MIXED, RANKED, SVD
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
-from runtime.reference.adaptive import require_servable
 
 from .amounts import Amounts
 from .closing import next_commands
 from .compare.latency import measure_latency
 from .compare.tradeoff import log_report, table, write_report
 from .compare.verdict import Verdict, areas, judge
+from .compare.worth import compare_with_svd, describe
 from .console import CommandParser, command_line, is_first_process, quiet_libraries
 from .documents import check_context
 from .learn.train import new_logger, quiet_lightning
 from .lock import locked
-from .pipeline import Comparison, collect_targets, compare_policies, open_tasks, train_policy
+from .pipeline import (
+    Comparison,
+    build_ladders,
+    collect_targets,
+    compare_policies,
+    open_source,
+    open_tasks,
+    train_policy,
+)
 from .targets.paths import Calibrated
-from .task import AdapterTask, FitContext, common_rungs, rung_rank, task_cost
+from .task import AdapterTask, FitContext, OpenTask, common_rungs, ladder_folder, rung_rank, task_cost
 from .threads import share_threads
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints"
+BUILT = Choice((SVD, RANKED, MIXED))
+"""Kinds of ladder that a fit builds."""
 LIBRARIES = ("torch", "lightning", "transformers", "datasets", "scikit-learn", "safetensors", "tensorboard")
 
 
@@ -63,7 +73,8 @@ def fit(
     output: str | None = None,
     seed: int = 0,
     dtype: str = "float32",
-    rungs: list[int] | None = None,
+    ladder: str = MIXED,
+    rungs: list[float] | None = None,
     block_tokens: int = 32,
     fade_tokens: int = 1,
     amounts: Amounts = Amounts(),  # noqa: B008  frozen
@@ -82,7 +93,10 @@ def fit(
         output: Folder for everything this writes; default runs/NAME-OF-ADAPTER.
         seed: Everything random is drawn from it.
         dtype: float32, bfloat16, float16 or auto; what the model computes in.
-        rungs: Allowed ranks; default 2, 4, 6, 8, 12, 16, 24, 32, 48, 64 up to the adapter's own.
+        ladder: Kind of ladder built of a PEFT adapter: svd (fewer directions), ranked (by what they are worth) or mixed
+            (in fewer bits as well); a saved ladder is what it is.
+        rungs: Allowed equivalent ranks; default the shares 1/32, 1/16, 3/32, 1/8, 3/16, 1/4, 3/8, 1/2 of the
+            adapter's own, of which an svd ladder has the whole ones.
         block_tokens: Tokens per forward pass of prefill.
         fade_tokens: Cross-fade length: 1, 4, 8 or 16.
         amounts: How many documents, epochs, rounds; grids.
@@ -97,27 +111,29 @@ def fit(
     folder = Path("runs") / _run_name(adapters) if output is None else Path(output)
     _check_folder(folder, output)
     settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv)
+    kind = BUILT.take("ladder", ladder)
     share_threads(_checked_trainer(folder, trainer or {}).num_devices)
     with locked(folder, _say):
-        return _fit_into(folder, model, adapters, datasets, rungs, seed, dtype, settings, amounts, trainer or {})
+        return _fit_into(folder, model, adapters, datasets, kind, rungs, seed, dtype, settings, amounts, trainer or {})
 
 
 def _fit_into(
-    folder: Path, model: str, adapters: list[str], datasets: list[str], rungs: list[int] | None, seed: int, dtype: str,
-    settings: Settings, amounts: Amounts, trainer: dict[str, Any],
+    folder: Path, model: str, adapters: list[str], datasets: list[str], kind: str, rungs: list[float] | None,
+    seed: int, dtype: str, settings: Settings, amounts: Amounts, trainer: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Walk through the stages of `pipeline` and write down what they found."""
     started = time.time()
-    ladders = _ladders(adapters, rungs)
+    sources = [open_source(name) for name in adapters]
     network = load_model(model, dtype=dtype, device=_device(trainer))
     check_context(network, amounts.max_tokens, "amounts.max_tokens")
     context = FitContext(
         model=network, model_fingerprint=model_fingerprint(network), amounts=amounts, seed=seed, root=folder,
         make_trainer=functools.partial(_make_trainer, folder, trainer), say=_say,
     )  # fmt: skip
-    tasks = open_tasks(adapters, ladders, datasets, load_tokenizer(model), amounts, seed)
-    _introduce(context, tasks)
+    opened = open_tasks(adapters, sources, datasets, load_tokenizer(model), amounts, seed)
+    _introduce(context, opened)
 
+    tasks = build_ladders(context, opened, kind, rungs)
     latency = _latency(context, tasks[0])
     tasks, calibrated = collect_targets(context, tasks, settings)
     learned = train_policy(context, tasks, calibrated, latency)
@@ -132,10 +148,10 @@ def _fit_into(
         "dataset": datasets[0] if len(tasks) == 1 else datasets,
         "seed": seed,
         "versions": {name: version(name) for name in LIBRARIES},
-        **_describe(tasks, comparison),
+        **_describe(tasks, comparison, ranks),
         **calibrated.describe(),
         "latency": {**asdict(latency), "resolved": latency.resolved},
-        "curves": table(comparison.curves, ranks, np.array(latency.ms)),
+        "curves": _curves(comparison, ranks, latency),
         "area": areas(comparison.curves, ranks),
         **verdict.describe(),
         "operating_point": _operating_point(comparison, checkpoints[verdict.exported], ranks, latency),
@@ -145,13 +161,12 @@ def _fit_into(
         return summary
     checkpoints["learned"].save(folder / "learned")  # also when it is not the one to serve: to look at
     checkpoints[verdict.exported].save(folder / "policy")
-    for number, task in enumerate(tasks):
-        save_ladder(task.ladder, folder / ("ladder" if len(tasks) == 1 else f"ladder-{number}"))
     figure = write_report(folder, summary)
     # TensorBoard shows the first five by name; what is rarely changed sorts behind as settings.*.
     params = {
         "adapter": _tail(adapters[0]), "block_tokens": settings.block_tokens, "dataset": _tail(datasets[0]),
-        "fade_tokens": settings.fade_tokens, "model": _tail(model), "rungs": list(common_rungs(tasks)), "seed": seed,
+        "fade_tokens": settings.fade_tokens, "ladder": tasks[0].ladder.kind, "model": _tail(model),
+        "rungs": list(common_rungs(tasks)), "seed": seed,
         "settings": {
             "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(settings.signals),
             "chunk": asdict(settings.chunk), "kv": asdict(settings.kv),
@@ -159,7 +174,9 @@ def _fit_into(
     }  # fmt: skip
     log_report(new_logger(folder, "", fresh=True), figure, summary, params)
     _print_verdict(summary, folder)
-    print(*next_commands(model, adapters, folder / "policy", dtype, verdict.exported), sep="\n", flush=True)
+    # With the ladders that the policy was fitted to: an adapter by itself is an svd ladder.
+    ladders = [str(ladder_folder(folder, number, len(tasks))) for number in range(len(tasks))]
+    print(*next_commands(model, ladders, folder / "policy", dtype, verdict.exported), sep="\n", flush=True)
     return summary
 
 
@@ -175,24 +192,15 @@ def _pairs(adapter: str | list[str], dataset: str | list[str]) -> tuple[list[str
     return adapters, datasets
 
 
-def _ladders(adapters: Sequence[str], rungs: Sequence[int] | None) -> list[Ladder]:
-    """Every adapter's ladder, factored once: the first one's rungs, and the same shares of the others' ranks."""
-    first = open_ladder(adapters[0], rungs)
-    others = [open_ladder(name) for name in adapters[1:]]
-    return [first, *(other.with_rungs(rungs_at_shares(first.rungs, other.rungs[-1])) for other in others)]
-
-
-def _introduce(context: FitContext, tasks: Sequence[AdapterTask]) -> None:
-    """Say what there is to do; refuses an adapter of another model before anything is written."""
-    common_rungs(tasks)
+def _introduce(context: FitContext, tasks: Sequence[OpenTask]) -> None:
+    """Say what there is to do."""
     for task in tasks:
-        require_servable(context.model, [task.ladder])
         corpus = task.corpus
         if corpus.leaked:
             context.say(f"left out {corpus.leaked} validation and test documents whose text is in an earlier split")
         context.say(
             f"{len(corpus.train)} train, {len(corpus.validation)} validation, {len(corpus.test)} test documents; "
-            f"rungs {task.ladder.rungs}; output {context.root}"
+            f"output {context.root}"
         )
 
 
@@ -283,17 +291,31 @@ def _middle(cost: Tensor) -> int:
     return int((cost - 0.5).abs().argmin())
 
 
-def _describe(tasks: Sequence[AdapterTask], comparison: Comparison) -> dict[str, Any]:
+def _describe(tasks: Sequence[AdapterTask], comparison: Comparison, ranks: np.ndarray) -> dict[str, Any]:
     """Ladder, documents and policies, for the summary."""
-    ladder, curves = tasks[0].ladder, comparison.curves
+    ladder, curves, svd = tasks[0].ladder, comparison.curves, comparison.svd
+    worth = {}
+    if svd is not None:
+        worth = describe(compare_with_svd(curves["fixed"], ranks, svd), ladder.kind, float(ranks[-1]))
     parts = ("train", "validation", "test")
     return {
-        "ladder": {"kind": ladder.kind, "tail_energy": [round(e, 6) for e in ladder.tail_energy().tolist()]},
+        "ladder": {
+            "kind": ladder.kind,
+            "bytes": ladder.rung_bytes().tolist(),
+            "lost_energy": [round(energy, 6) for energy in ladder.lost_energy().tolist()],
+            **worth,
+        },
         "rungs": list(ladder.rungs),
         "documents": {name: sum(len(getattr(task.corpus, name)) for task in tasks) for name in parts},
         "scored_test_tokens": int(curves["fixed"].points[0].scores.tokens.sum()),
         "policies": {name: curve.config for name, curve in curves.items() if curve.config},
     }
+
+
+def _curves(comparison: Comparison, ranks: np.ndarray, latency: LatencyTable) -> dict[str, list[dict[str, Any]]]:
+    """The measured points of every policy, and of the fixed rungs of the svd ladder, which were not timed."""
+    own, svd = table(comparison.curves, ranks, np.array(latency.ms)), comparison.svd
+    return own if svd is None else {**own, **table({SVD: svd.curve}, svd.rung_rank, None)}
 
 
 def _operating_point(
@@ -327,6 +349,9 @@ def _print_verdict(summary: dict[str, Any], folder: Path) -> None:
     if captured["share"] is not None:
         low, high = captured["interval_95"]
         share = f"captured {captured['share']:.0%} (95 % interval {low:.0%} to {high:.0%})"
+    worth = summary["ladder"].get("worth")
+    if worth is not None:
+        console.print(f"{worth}.")
     console.print(f"{summary['verdict']}.")
     console.print(f"Headroom {summary['headroom']['nats']:.4f} nats, {share}.")
     console.print(f"{folder}/policy written in {summary['seconds']:.0f} s; tensorboard --logdir {folder.parent}")

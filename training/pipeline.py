@@ -1,15 +1,18 @@
 """The stages of a fit over its tasks, in the order in which `fit` walks through them.
 
-    open_tasks -> collect_targets -> train_policy -> compare_policies -> (judge)
+    open_tasks -> build_ladders -> collect_targets -> train_policy -> compare_policies -> (judge)
 
 Every stage takes all tasks, one adapter being the special case. Everything collected lies in resumable shards under the
-output folder; everything drawn is drawn from the seed, so a run that was killed ends where the uninterrupted one does.
+output folder, the ladders beside them; everything drawn is drawn from the seed, so a run that was killed ends where the
+uninterrupted one does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +24,45 @@ from policy.learned import LearnedPolicy
 from policy.operating import Operating
 from policy.percentile import COMPLEXITY, PercentilePolicy
 from policy.random import RandomPolicy
+from policy.reading import read_json
+from policy.rungs import RUNGS, Rung, checked_rungs, rungs_at_shares
 from policy.settings import SIGNALS
-from runtime.ladder import Ladder
+from runtime.fingerprint import adapter_fingerprint
+from runtime.ladder import Adapter, Ladder, build_ladder, load_adapter, load_ladder, save_ladder
+from runtime.ladder.store import RECORD
+from runtime.reference.adaptive import require_servable
 
 from .amounts import Amounts
 from .compare.curves import Bench, Curve, capped_curve, fixed_curve, oracle_curve, policy_curve
 from .compare.hindsight import Hindsight, Oracle
 from .compare.scorer import HeldOut, Scorer
+from .compare.worth import SvdCurve, measure_svd
+from .console import is_first_process
 from .documents import Example, load_corpus
+from .ladders.build import build
 from .learn.train import train_policy
 from .progress import with_progress
 from .targets.paths import Calibrated, collect_tables, collect_targets, full_rank_paths
 from .targets.samples import document_samples
-from .task import AdapterTask, FitContext, common_rungs, rung_rank, task_cost, task_rank
+from .task import (
+    AdapterTask,
+    FitContext,
+    OpenTask,
+    choosable,
+    common_rungs,
+    documents_digest,
+    ladder_folder,
+    rung_rank,
+    task_cost,
+    task_rank,
+)
 
-__all__ = ["Comparison", "collect_targets", "compare_policies", "open_tasks", "train_policy"]
+__all__ = ["Comparison", "build_ladders", "collect_targets", "compare_policies", "open_tasks", "train_policy"]
 
 PERCENTILE_SPREADS = (1.0, 2.0)
 """Half-widths, in rungs, of the band that percentile thresholds move in; the better one is the baseline."""
+LEAST_NATS = 1e-9
+"""What an exact rung is taken to lose where the logarithm is needed."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +71,79 @@ class Comparison:
 
     curves: dict[str, Curve]
     candidates: dict[str, LearnedPolicy | FixedPolicy]
+    svd: SvdCurve | None
+    """Fixed rungs of the `svd` ladder of the same adapters; None where that is the ladder in use."""
+
+
+def open_source(name: str) -> Adapter | Ladder:
+    """A saved ladder, or an adapter that one is still to be built of. Raises what reading either raises."""
+    return load_ladder(name) if (Path(name) / RECORD).is_file() else load_adapter(name)
 
 
 def open_tasks(
     names: Sequence[str],
-    ladders: Sequence[Ladder],
+    sources: Sequence[Adapter | Ladder],
     datasets: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     amounts: Amounts,
     seed: int,
+) -> list[OpenTask]:
+    """A task per adapter: what was read of it, and its documents, split and encoded."""
+    pairs = zip(names, sources, datasets, strict=True)
+    return [OpenTask(name, source, load_corpus(text, tokenizer, amounts, seed)) for name, source, text in pairs]
+
+
+def build_ladders(
+    context: FitContext, opened: Sequence[OpenTask], kind: str, rungs: Sequence[Rung] | None
 ) -> list[AdapterTask]:
-    """A task per adapter: its ladder, and its documents, split and encoded."""
-    pairs = zip(names, ladders, datasets, strict=True)
-    return [AdapterTask(name, ladder, load_corpus(text, tokenizer, amounts, seed)) for name, ladder, text in pairs]
+    """The tasks with their ladders: of the first at `rungs`, of the others at the same shares of their ranks.
+
+    A saved ladder stays the kind it is. Of an adapter the one of `kind` is built, from its train documents, and lies in
+    the output folder from then on: a run that is resumed goes on with it. Raises ValueError, before that, for an
+    adapter of another model and for rungs that there are not.
+    """
+    for task in opened:
+        require_servable(context.model, [task.source if isinstance(task.source, Ladder) else build_ladder(task.source)])
+    tasks: list[AdapterTask] = []
+    for number, task in enumerate(opened):
+        rank = task.source.rungs[-1] if isinstance(task.source, Ladder) else task.source.rank
+        wanted = rungs_at_shares(tasks[0].ladder.rungs, rank) if tasks else _wanted(rungs, rank)
+        ladder = _ladder(context, task, kind, wanted, ladder_folder(context.root, number, len(opened)))
+        tasks.append(AdapterTask(task.name, ladder, task.corpus))
+        context.say(f"{ladder.kind} ladder of {task.name}: rungs {ladder.rungs}")
+    return tasks
+
+
+def _wanted(rungs: Sequence[Rung] | None, rank: Rung) -> tuple[Rung, ...] | None:
+    """`rungs` and the top one. Raises ValueError where they are not ranks of the adapter, or leave no choice."""
+    if rungs is None:
+        return None
+    given = RUNGS.take("rungs", sorted(rungs))
+    if given[-1] > rank:
+        raise ValueError(f"rungs: expected ranks up to the adapter's {rank}, got {given[-1]}; leave it out")
+    return choosable(checked_rungs(sorted({*given, rank})))
+
+
+def _ladder(context: FitContext, task: OpenTask, kind: str, rungs: tuple[Rung, ...] | None, folder: Path) -> Ladder:
+    source = task.source
+    if isinstance(source, Ladder):
+        ladder = source if rungs is None else source.with_rungs(rungs)
+        choosable(ladder.rungs)
+        if is_first_process() and Path(task.name).resolve() != folder.resolve():
+            save_ladder(ladder, folder)
+        return ladder
+    origin: dict[str, Any] = {
+        "adapter": adapter_fingerprint(source), "kind": kind, "rungs": None if rungs is None else list(rungs),
+        "documents": documents_digest(task.corpus.train), "seed": context.seed, "model": context.model_fingerprint,
+        "dtype": str(context.model.dtype),
+    }  # fmt: skip
+    record = folder / RECORD
+    if record.is_file() and read_json(record, "delete the folder").get("origin") == origin:
+        return load_ladder(folder)
+    ladder = build(kind, source, context.model, task.corpus.train, rungs, seed=context.seed, say=context.say)
+    if is_first_process():
+        save_ladder(ladder, folder, extra={"origin": origin})
+    return ladder
 
 
 def compare_policies(
@@ -87,7 +171,10 @@ def compare_policies(
     oracle = Oracle(test, known, scales, task_rank(tasks))
     curves["oracle"] = oracle_curve(settings, oracle, rung_rank(tasks), aims)
     context.say("measured oracle")
-    return Comparison(curves, {"learned": learned, "fixed": fixed})
+    svd = measure_svd(test, settings)
+    if svd is not None:
+        context.say("measured fixed rungs of the svd ladder")
+    return Comparison(curves, {"learned": learned, "fixed": fixed}, svd)
 
 
 def _held_out(context: FitContext, tasks: Sequence[AdapterTask], documents: Sequence[Sequence[Example]]) -> HeldOut:
@@ -120,11 +207,22 @@ def percentile_policy(
             candidates.append(PercentilePolicy.calibrate(seen, rungs, signal, calibrated.scales, spread, weights))
     middle = (len(rungs) - 1) // 2
     operating = Operating.at(float(middle), middle)
-    kls = []
+    ranks, log_kl = rung_rank(tasks), np.log(np.maximum(validation_kl(tasks), LEAST_NATS))
+    over = []
     for candidate in with_progress(candidates, "percentile signals", len(candidates)):
         (scores,) = validation.measure(candidate, calibrated.settings, operating)
-        # Candidates land at slightly different mean ranks; a KL that falls like 1/rank makes them comparable.
-        kls.append(scores.value("kl") * scores.mean(rung_rank(tasks)))
-    best = candidates[int(np.argmin(kls))]
-    context.say(f"percentile: {best.signal} with a band of {best.spread:g} rungs is the best of {len(kls)}")
+        # Candidates land at different mean ranks: each is held against what a fixed rung of its bytes loses.
+        over.append(scores.value("kl") / np.exp(np.interp(scores.mean(ranks), ranks, log_kl)))
+    best = candidates[int(np.argmin(over))]
+    context.say(f"percentile: {best.signal} with a band of {best.spread:g} rungs is the best of {len(over)}")
     return best
+
+
+def validation_kl(tasks: Sequence[AdapterTask]) -> np.ndarray:
+    """[J] KL of every rung per scored token of the validation documents, at its best scale, from their tables."""
+    scored = []
+    for task in tasks:
+        tables = task.found().tables[len(task.corpus.train) :]
+        for example, table in zip(task.corpus.validation, tables, strict=True):
+            scored.append(table[max(0, example["prompt_tokens"] - 1) : -1])
+    return torch.cat(scored).double().mean(0).amin(1).numpy()

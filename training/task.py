@@ -1,4 +1,4 @@
-"""What a fit works on: one adapter with its ladder, documents and targets; a fit has one task or several."""
+"""What a fit works on: one adapter with its documents, its ladder and its targets; a fit has one task or several."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from policy.cost import adapter_cost
 from policy.fixed import FixedPolicy
 from policy.operating import Operating
-from policy.rungs import rung_shares
+from policy.rungs import Rung, same_shares
 from policy.settings import Settings
-from runtime.ladder import Ladder
+from runtime.ladder import Adapter, Ladder
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import AdaptiveRun, activate
 
@@ -42,6 +42,15 @@ class Targets:
     """[T, J, G] KL of every rung and scale."""
     paths: list[Trajectory]
     """Full-rank trajectories."""
+
+
+@dataclass(frozen=True)
+class OpenTask:
+    """One adapter as it was read, or a ladder that was saved, and its documents."""
+
+    name: str
+    source: Adapter | Ladder
+    corpus: Corpus
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,8 @@ class FitContext:
     ) -> dict[str, list[Tensor]]:
         """Resumable per-document tensors: `measure(examples, shard)` gives one list per name."""
         groups = [examples[i : i + per_shard] for i in range(0, len(examples), per_shard)]
-        documents = hashlib.sha256(json.dumps([e["input_ids"] for e in examples]).encode()).hexdigest()
-        full_key = {**self.identity(task), **key, "documents": documents, "per_shard": per_shard, "seed": self.seed}
+        own = {**key, "documents": documents_digest(examples), "per_shard": per_shard, "seed": self.seed}
+        full_key = {**self.identity(task), **own}
         store = ShardStore(self.root / "targets", name, full_key, len(groups))
 
         def one(index: int) -> dict[str, Tensor]:
@@ -118,24 +127,39 @@ class FitContext:
         return {**prints, "dtype": str(self.model.dtype), "rungs": list(ladder.rungs), "kind": ladder.kind}
 
 
+def ladder_folder(root: Path, number: int, tasks: int) -> Path:
+    """Where the ladder of this task of so many lies in the output folder."""
+    return root / ("ladder" if tasks == 1 else f"ladder-{number}")
+
+
+def documents_digest(examples: Sequence[Example]) -> str:
+    """64 hex digits over the tokens of these documents, in order."""
+    return hashlib.sha256(json.dumps([example["input_ids"] for example in examples]).encode()).hexdigest()
+
+
 def full_rank_plan(task: AdapterTask, settings: Settings) -> RunPlan:
     """The exact adapter throughout, with the chunks, blocks and signals of `settings`."""
     top = len(task.ladder.rungs) - 1
     return RunPlan((task.ladder,), FixedPolicy(task.ladder.rungs), settings, Operating.at(float(top), top))
 
 
-def common_rungs(tasks: Sequence[AdapterTask]) -> tuple[int, ...]:
+def common_rungs(tasks: Sequence[AdapterTask]) -> tuple[Rung, ...]:
     """The rungs that one policy moves on: those of the first task, of which all others have the same shares.
 
     Raises ValueError when one has others, or when there are fewer than two to choose between.
     """
     rungs = tasks[0].ladder.rungs
     for task in tasks:
-        if rung_shares(task.ladder.rungs) != rung_shares(rungs):
+        if not same_shares(task.ladder.rungs, rungs):
             raise ValueError(
                 f"rungs: expected the same shares of every adapter's rank, got {rungs} and {task.ladder.rungs}; name "
                 "rungs that are"
             )
+    return choosable(rungs)
+
+
+def choosable(rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
+    """These rungs. Raises ValueError when there are fewer than two to choose between."""
     if len(rungs) < 2:
         raise ValueError(f"rungs: expected at least two to choose between, got {list(rungs)}; add lower ones")
     return rungs
@@ -147,13 +171,18 @@ def task_cost(tasks: Sequence[AdapterTask]) -> Tensor:
 
 
 def task_rank(tasks: Sequence[AdapterTask]) -> Tensor:
-    """[J] equivalent rank of every rung: of one task its ladder's, of several the mean share of the first one's top."""
-    if len(tasks) == 1:
-        return tasks[0].ladder.mean_rank()
-    ranks = torch.stack([task.ladder.mean_rank() / task.ladder.mean_rank()[-1] for task in tasks])
-    return ranks.mean(0) * tasks[0].ladder.mean_rank()[-1]
+    """[J] equivalent rank of every rung: see `common_rank`."""
+    return common_rank([task.ladder for task in tasks])
 
 
 def rung_rank(tasks: Sequence[AdapterTask]) -> np.ndarray:
     """`task_rank` in float64."""
     return task_rank(tasks).double().numpy()
+
+
+def common_rank(ladders: Sequence[Ladder]) -> Tensor:
+    """[J] equivalent rank of every rung: one ladder's own, of several the mean share of the first one's top."""
+    if len(ladders) == 1:
+        return ladders[0].mean_rank()
+    ranks = torch.stack([ladder.mean_rank() / ladder.mean_rank()[-1] for ladder in ladders])
+    return ranks.mean(0) * ladders[0].mean_rank()[-1]

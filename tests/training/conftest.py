@@ -16,6 +16,7 @@ from runtime import build_ladder, load_adapter
 from runtime.control.record import Keep
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
+from training.ladders.build import build
 
 # Lightning's advice about loaders and folders that the tests choose on purpose.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -30,7 +31,14 @@ def llama_adapter(make_peft_adapter, tiny_llama_factory, tmp_path_factory) -> Pa
 @pytest.fixture(scope="session")
 def ladder(llama_adapter):
     """Rungs 2, 4, 6, 8 of `llama_adapter`."""
-    return build_ladder(load_adapter(llama_adapter))
+    return build_ladder(load_adapter(llama_adapter), [2, 4, 6])
+
+
+@pytest.fixture(scope="session")
+def mixed_ladder(llama_adapter, tiny_llama_factory, make_example):
+    """Rungs 0.5, 1, 2, 4, 8 of `llama_adapter`, those below the top in few bits."""
+    documents = [make_example(40, 4, seed=100 + number) for number in range(6)]
+    return build("mixed", load_adapter(llama_adapter), tiny_llama_factory(), documents, [0.5, 1, 2, 4])
 
 
 @pytest.fixture

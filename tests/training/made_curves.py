@@ -6,7 +6,7 @@ from training.compare.curves import Curve, Point
 from training.compare.scorer import Scores
 from training.compare.verdict import Verdict, judge
 
-RUNGS = (4, 8, 16, 24, 32)
+RUNGS = (4, 8, 16, 24, 64)
 RUNG_RANK = np.array(RUNGS, dtype=float)
 DOCUMENTS = 40
 

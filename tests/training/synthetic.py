@@ -5,13 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from policy import DEFAULT_RUNGS, SIGNALS, Summary
+from policy import SIGNALS, Summary
+from policy.rungs import rungs_of_rank
 from training.amounts import Amounts
 from training.targets.samples import Samples
 
 SCALES = Amounts().scales
 BEST_SCALE = 1.05
-RANKS = torch.tensor(DEFAULT_RUNGS, dtype=torch.float32)
+RUNGS = rungs_of_rank(64)
+RANKS = torch.tensor(RUNGS, dtype=torch.float32)
 
 
 def chunk_samples(hardness: Callable[[Tensor, Tensor], Tensor], count: int, seed: int, noise: float = 0.1) -> Samples:

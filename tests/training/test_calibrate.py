@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from policy import DEFAULT_RUNGS, FixedPolicy, LearnedPolicy
-from tests.training.synthetic import BEST_SCALE, RANKS, SCALES, chunk_samples
+from policy import FixedPolicy, LearnedPolicy
+from tests.training.synthetic import BEST_SCALE, RANKS, RUNGS, SCALES, chunk_samples
 from training.compare.scorer import Scores
 from training.learn.calibrate import best_scales, calibrate_knob, calibrated_settings, knob_grid, lambda_range
 from training.targets.damage import Trajectory
@@ -45,15 +45,15 @@ def test_mean_cost_weighs_rungs_by_scored_tokens():
 
 
 def test_knobs_run_evenly_from_cheap_to_dear():
-    policy = LearnedPolicy(DEFAULT_RUNGS, log_lambda_range=(-4.0, 2.0))
+    policy = LearnedPolicy(RUNGS, log_lambda_range=(-4.0, 2.0))
     assert knob_grid(policy, 4) == [2.0, 0.0, -2.0, -4.0]
-    assert knob_grid(FixedPolicy(DEFAULT_RUNGS), 2) == [0.0, 9.0]
+    assert knob_grid(FixedPolicy(RUNGS), 2) == [0.0, 8.0]
 
 
 def test_every_rung_gets_the_scale_of_least_mean_damage_and_the_top_keeps_one():
     samples = chunk_samples(torch.maximum, 50, seed=0)
     scales = best_scales(samples.damage, samples.tokens, SCALES)
-    assert scales.tolist() == pytest.approx([BEST_SCALE] * 9 + [1.0], abs=2e-3)
+    assert scales.tolist() == pytest.approx([BEST_SCALE] * 8 + [1.0], abs=2e-3)
     # Two chunks that want different scales: the longer one decides.
     damage = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])
     assert best_scales(damage, torch.tensor([9.0, 2.0]), (1.0, 1.2)).tolist() == pytest.approx([1.0, 1.0])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from policy import DEFAULT_RUNGS, LearnedPolicy
-from tests.training.synthetic import RANKS, SCALES, chunk_samples
+from policy import LearnedPolicy
+from tests.training.synthetic import RANKS, RUNGS, SCALES, chunk_samples
 from training.learn.checkpoint_io import TENSORS, TREE, SafetensorsCheckpointIO, latest
 from training.learn.module import PolicyFit, loader
 
@@ -101,7 +101,7 @@ def train(tmp_path, make_trainer):
 
     def run(epochs: int, resume=None):
         torch.manual_seed(0)
-        policy = LearnedPolicy(DEFAULT_RUNGS, hidden=8, log_lambda_range=(-6.0, 2.0))
+        policy = LearnedPolicy(RUNGS, hidden=8, log_lambda_range=(-6.0, 2.0))
         policy.calibrate(samples.features, samples.damage[..., 0])
         module = PolicyFit(policy.train(), SCALES, RANKS, torch.ones(len(RANKS)), learning_rate=3e-3, seed=5)
         keep = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)

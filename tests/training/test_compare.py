@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from policy import FixedPolicy, KnobCurve, PercentilePolicy, Settings
+from policy.rungs import rungs_of_rank
 from tests.training.made_curves import (
     DOCUMENTS,
     FIXED,
@@ -21,7 +22,7 @@ from training.compare.curves import Curve, Point, fixed_curve, policy_curve
 from training.compare.equal_rank import at_equal_rank
 from training.compare.hindsight import oracle_rungs
 from training.compare.scorer import Scores
-from training.compare.verdict import areas, judge
+from training.compare.verdict import areas, judge, verdict_rungs
 
 
 def test_a_curve_is_linear_between_its_points_and_the_exact_top_rung():
@@ -29,8 +30,8 @@ def test_a_curve_is_linear_between_its_points_and_the_exact_top_rung():
     assert line.at(8, RUNG_RANK) == pytest.approx(0.5)
     assert line.at(10, RUNG_RANK) == pytest.approx(0.4)
     assert line.at(16, RUNG_RANK) == pytest.approx(0.25)
-    assert line.at(26, RUNG_RANK) == pytest.approx(0.1)
-    assert line.at(32, RUNG_RANK) == 0
+    assert line.at(42, RUNG_RANK) == pytest.approx(0.1)
+    assert line.at(64, RUNG_RANK) == 0
     assert np.isnan(line.at(7.9, RUNG_RANK))
     assert line.at(8 * (1 - 1e-15), RUNG_RANK) == pytest.approx(0.5), "a mean of eights, but for its last bits"
     assert line.at([7, 8, 10], RUNG_RANK, floor=0.9)[1:] == pytest.approx([0.5, 0.4]), "a floor matters below"
@@ -110,36 +111,36 @@ def test_a_rung_that_a_curve_does_not_reach_is_left_out():
 
 
 def few(name: str, points: list[tuple[list[float], list[float]]]) -> Curve:
-    """Documents of 10 tokens and rungs 2, 4, 6, 8: per point the rung of every document, and its KL."""
+    """Documents of 10 tokens and rungs 2, 4, 6, 16: per point the rung of every document, and its KL."""
     found = []
     for rung, kl in points:
         tokens = np.full(len(rung), 10.0)
-        counts = np.equal.outer(rung, [2, 4, 6, 8]) * 10.0
+        counts = np.equal.outer(rung, FEW[0]) * 10.0
         found.append(Point(0.0, Scores({"kl": np.array(kl) * 10, "perplexity": tokens}, tokens, counts, counts)))
     return Curve(name, tuple(found))
 
 
-FEW = ([2, 4, 6, 8], np.array([2.0, 4.0, 6.0, 8.0]))
+FEW = ([2, 4, 6, 16], np.array([2.0, 4.0, 6.0, 16.0]))
 
 
 @pytest.mark.parametrize("documents", [1, 2, 8])
 def test_a_rung_that_a_curve_reaches_on_average_only_is_read_on_every_resample(documents):
     """Four documents at rung 2 and four at 6 spend 4 together, and resamples of them more or less.
 
-    Each document's KL is 0.1 a rank below the top, so that it is 0.4 at rank 4 on whatever is drawn: above the
+    Each document's KL is 0.1 a rank below the top, so that it is 1.2 at rank 4 on whatever is drawn: above the
     cheapest point, and below it as well.
     """
-    fixed = few("fixed", [([rung] * documents, [0.1 * (8 - rung)] * documents) for rung in (2, 4, 6)])
+    fixed = few("fixed", [([rung] * documents, [0.1 * (16 - rung)] * documents) for rung in (2, 4, 6)])
     half = [2 if number % 2 else 6 for number in range(documents)] if documents > 1 else [4]
-    mixed = few("learned", [(half, [0.1 * (8 - rung) for rung in half]), ([6] * documents, [0.2] * documents)])
+    mixed = few("learned", [(half, [0.1 * (16 - rung) for rung in half]), ([6] * documents, [1.0] * documents)])
     curves = {"fixed": fixed, "learned": mixed, "oracle": mixed, "percentile": fixed}
     read = at_equal_rank(curves, FEW[1], resamples=100, seed=0)
     assert np.isnan(read.kl["learned"][0])
-    assert read.kl["learned"][1:] == pytest.approx([0.4, 0.2])
+    assert read.kl["learned"][1:] == pytest.approx([1.2, 1.0])
     assert read.drawn["learned"].shape == (100, 3)
-    assert read.drawn["learned"] == pytest.approx(np.broadcast_to([0.6, 0.4, 0.2], (100, 3)))
+    assert read.drawn["learned"] == pytest.approx(np.broadcast_to([1.4, 1.2, 1.0], (100, 3)))
     found = judge(curves, *FEW, resamples=100, seed=0)
-    assert found.ranks == (4,)
+    assert found.ranks == (4, 6)
     assert found.gain_interval == pytest.approx((0, 0), abs=1e-12)
     assert found.over_fixed.ratios["learned"][0] is None
     assert found.over_fixed.ratios["learned"][1].interval == pytest.approx((1, 1))
@@ -156,7 +157,7 @@ def test_resamples_without_headroom_have_no_share_of_it():
 
     curves = {"fixed": fixed, "percentile": fixed, "learned": better("learned", 1, 0.1)}
     found = judge({**curves, "oracle": better("oracle", 1, 0.2)}, *FEW, resamples=100, seed=0)
-    assert (found.headroom, found.captured) == (pytest.approx(0.025), None), "its interval reaches zero"
+    assert (found.headroom, found.captured) == (pytest.approx(0.025 / 3), None), "its interval reaches zero"
     # Four of eight: one resample in 256 draws none of them, too few to reach into the interval.
     curves |= {"learned": better("learned", 4, 0.1), "oracle": better("oracle", 4, 0.2)}
     drawn = at_equal_rank(curves, FEW[1], resamples=1000, seed=0).drawn
@@ -257,20 +258,42 @@ def test_the_sentence_says_what_is_exported_and_how_far_learned_is_from_fixed(le
     assert found.sentence == found.describe()["verdict"] == says
 
 
-def test_small_adapters_are_compared_at_the_rung_below_the_middle():
-    points = [(2, 0.8), (4, 0.4), (6, 0.2)]
-    rungs, rank = (2, 4, 6, 7), np.array([2.0, 4.0, 6.0, 7.0])
+@pytest.mark.parametrize(
+    ("rungs", "compared"),
+    [
+        (rungs_of_rank(64), [8, 16, 24]),
+        (rungs_of_rank(32), [4, 8, 12]),
+        (rungs_of_rank(8), [1, 2, 3]),
+        (rungs_of_rank(2), [0.25, 0.5, 0.75]),
+        ((2, 4, 6, 7), [2]),  # 4 is more than a half
+        ((2, 10, 40, 64), [10]),  # nearest to all three
+        ((9, 15, 30, 64), [9, 15, 30]),
+        ((48, 56, 64), [48]),  # no rung below a half
+        ((0, 1, 64), [1]),
+    ],
+)
+def test_the_verdict_is_read_at_the_rungs_nearest_to_its_shares(rungs, compared):
+    assert verdict_rungs(rungs) == compared
 
-    def small(name):
-        def at(r, kl):
-            counts = np.zeros((DOCUMENTS, 4))
-            counts[:, rungs.index(r)] = 10.0
-            return replace(scores(8, kl), rungs=counts)
 
-        return Curve(name, tuple(Point(0.0, at(r, kl)) for r, kl in points))
+def test_rungs_of_a_small_adapter_may_be_less_than_one():
+    rungs = rungs_of_rank(4)
+    rank = np.array(rungs, dtype=float)
 
-    names = ("fixed", "percentile", "learned", "random", "oracle")
-    assert judge({n: small(n) for n in names}, rungs, rank, resamples=5, seed=0).ranks == (4,)
+    def of_few_ranks(name, factor):
+        points = []
+        for number, kl in enumerate(factor * np.exp(-rank[:-1])):
+            counts = np.zeros((DOCUMENTS, len(rungs)))
+            counts[:, number] = 10.0
+            points.append(Point(float(number), replace(scores(8, kl), rungs=counts)))
+        return Curve(name, tuple(points))
+
+    factors = {"fixed": 1.0, "percentile": 1.1, "learned": 0.9, "random": 1.2, "oracle": 0.5}
+    found = judge({n: of_few_ranks(n, f) for n, f in factors.items()}, rungs, rank, resamples=5, seed=0)
+    assert found.ranks == (0.5, 1, 1.5)
+    assert found.kl["learned"] == pytest.approx(0.9 * np.exp([-0.5, -1, -1.5]))
+    assert found.exported == "learned"
+    assert found.over_fixed.shares == pytest.approx([rung / 4 for rung in rungs[:-1]])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -292,10 +315,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(seed):
 
 def test_areas_are_trapezoids_over_the_range_all_curves_cover():
     curves = {"fixed": curve("fixed", [(8, 0.4), (16, 0.2)]), "learned": curve("learned", [(16, 0.1)])}
-    # From rank 16 to 32: fixed 0.2 -> 0 and learned 0.1 -> 0, both straight.
-    assert areas(curves, RUNG_RANK) == pytest.approx({"fixed": 16 * 0.2 / 2, "learned": 16 * 0.1 / 2})
+    # From rank 16 to 64: fixed 0.2 -> 0 and learned 0.1 -> 0, both straight.
+    assert areas(curves, RUNG_RANK) == pytest.approx({"fixed": 48 * 0.2 / 2, "learned": 48 * 0.1 / 2})
     curves["learned"] = curve("learned", [(8, 0.3), (16, 0.1)])
-    expected = {"fixed": 8 * 0.3 + 16 * 0.1, "learned": 8 * 0.2 + 16 * 0.05}
+    expected = {"fixed": 8 * 0.3 + 48 * 0.1, "learned": 8 * 0.2 + 48 * 0.05}
     # The grid of 101 ranks does not hit rank 16: at a kink of slope change s a step h errs by at most s h^2 / 8.
     assert areas(curves, RUNG_RANK) == pytest.approx(expected, abs=2e-3)
 

@@ -10,7 +10,7 @@ import torch
 
 import training.documents
 from policy import FixedPolicy, KnobCurve, Operating, PercentilePolicy, PolicyCheckpoint, Settings
-from runtime import build_ladder, load_adapter, load_model, load_tokenizer
+from runtime import build_ladder, load_adapter, load_model, load_tokenizer, save_ladder
 from runtime.control.record import Keep
 from runtime.fingerprint import adapter_fingerprint, model_fingerprint
 from runtime.plan import RunPlan, plan_run
@@ -119,6 +119,18 @@ def test_a_budget_moves_the_mean_rank_and_a_rung_fixes_it(arguments, moving_poli
     )
     assert low < high == 8
     assert evaluate(**arguments, rung=4, limit=4)[-1].mean_rank == 4
+
+
+def test_a_rung_of_a_ladder_in_few_bits_may_be_fractional_and_is_reported_in_bytes(arguments, mixed_ladder, tmp_path):
+    folder = save_ladder(mixed_ladder, tmp_path / "ladder")
+    given = {**arguments, "adapter": str(folder), "limit": 4}
+    found = {run.name: run for run in evaluate(**given, rung=0.5)}
+    run, rung_bytes = found["block 512"], mixed_ladder.rung_bytes().tolist()
+    assert 0.4 < run.mean_rank <= 0.5
+    assert (run.adapter_bytes, run.adapter_share) == pytest.approx((rung_bytes[0], rung_bytes[0] / rung_bytes[-1]))
+    assert (found["no adapter"].adapter_bytes, found["no adapter"].mean_rank) == (0, 0)
+    assert (found["full rank"].adapter_bytes, found["full rank"].adapter_share) == (rung_bytes[-1], 1)
+    assert evaluate(**given, rung=4.0)[-1].adapter_bytes == rung_bytes[-2], "a whole rank, however it is written"
 
 
 def test_scored_tokens_are_those_of_a_naive_count_and_a_fixed_budget_holds_from_the_first_token(
@@ -266,6 +278,8 @@ def test_the_command_prints_a_table_and_ends_in_json(arguments, moving_policy, c
         ({"split": "dev"}, "split"),
         ({"limit": 0}, "limit"),
         ({"rung": 9}, "expected ranks up to the adapter's 8, got 9"),
+        ({"rung": 0.5}, "expected whole ranks of an svd ladder, got [0.5]"),
+        ({"rung": "two"}, "rung"),
         ({"budget": -0.5}, "budget: expected a share of the full adapter's cost in [0, 1]"),
         ({"budget": 0.5}, "policy: expected one to spend"),
         ({"block_tokens": 0}, "block_tokens: expected"),

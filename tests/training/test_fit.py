@@ -11,18 +11,23 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from policy import SIGNALS, ChunkSettings, KVSettings, PolicyCheckpoint, SignalSettings
-from runtime import generate, load_ladder, load_model, load_tokenizer
+from policy.rungs import rungs_of_rank
+from runtime import generate, load_ladder, load_model, load_tokenizer, save_ladder
+from training import fit as fit_module
+from training import pipeline
 from training.amounts import Amounts
 from training.compare.tradeoff import flat
 from training.compare.verdict import MEASURABLE_NATS
 from training.fit import main, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-CURVES = ("fixed", "percentile", "learned", "random", "capped", "oracle")
+POLICIES = ("fixed", "percentile", "learned", "random", "capped", "oracle")
+RUNGS = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8]
 CHANGES = {"amounts.shard_documents": 1, "amounts.epochs": 6}
 
 
@@ -67,15 +72,18 @@ def test_the_summary_has_every_key_and_only_finite_numbers(fitted, case):
     keys = {"model", "adapter", "ladder", "rungs", "versions", "seed", "curves", "area", "headroom", "captured"}
     assert keys | {"exported"} <= summary.keys()
     assert (summary["model"], summary["adapter"]) == (str(case.model), str(case.adapter))
-    assert summary["rungs"] == [2, 4, 6, 8]
+    assert summary["rungs"] == RUNGS
+    assert summary["compared_at"] == [1, 2, 3]
     assert {"torch", "lightning", "transformers"} <= summary["versions"].keys()
-    assert tuple(summary["curves"]) == tuple(summary["area"]) == CURVES
+    assert tuple(summary["curves"]) == (*POLICIES, "svd")
+    assert tuple(summary["area"]) == tuple(summary["kl_at"]) == tuple(summary["over_fixed"]["kl"]) == POLICIES
     for name, rows in summary["curves"].items():
-        assert len(rows) == 3, "every rung but the top, which is exact"
+        assert len(rows) == (4 if name == "svd" else 8), "every rung but the top, which is exact"
         for row in rows:
-            assert {"mean_rank", "kl", "latency_ms"} <= row.keys()
+            assert {"mean_rank", "kl"} <= row.keys()
+            assert ("latency_ms" in row) == (name != "svd")
             assert all(math.isfinite(value) for value in row.values())
-            assert 2 <= row["mean_rank"] <= 8
+            assert 0.2 <= row["mean_rank"] <= 8
             assert row["kl"] >= 0
             assert ("log_lambda" in row) == (name in ("learned", "capped"))
     low, high = summary["headroom"]["interval_95"]
@@ -85,9 +93,29 @@ def test_the_summary_has_every_key_and_only_finite_numbers(fitted, case):
     assert summary["exported"] in ("learned", "fixed")
 
 
+def test_the_summary_says_what_the_ladder_is_and_what_it_is_worth(fitted):
+    summary, saved = summary_of(fitted), load_ladder(fitted / "ladder")
+    ladder = summary["ladder"]
+    assert (ladder["kind"], saved.kind) == ("mixed", "mixed")
+    assert ladder["bytes"] == saved.rung_bytes().tolist()
+    assert ladder["lost_energy"] == sorted(ladder["lost_energy"], reverse=True)
+    svd, fixed = summary["curves"]["svd"], summary["curves"]["fixed"]
+    assert [row["mean_rank"] for row in svd] == pytest.approx([1, 2, 3, 4])
+    assert all(svd[i]["kl"] > svd[i + 1]["kl"] for i in range(3))
+    for own in ladder["over_svd"]:
+        reached = np.interp(
+            own["reached_at"], [row["mean_rank"] for row in fixed], np.log([row["kl"] for row in fixed])
+        )
+        assert own["at_least"] or np.exp(reached) == pytest.approx(own["kl"], rel=1e-6)
+        assert own["fewer_bytes"] == pytest.approx(own["rank"] / own["reached_at"])
+    at = next(own for own in ladder["over_svd"] if own["rank"] == pytest.approx(2))
+    assert ladder["fewer_bytes"] == at["fewer_bytes"] > 1
+    assert ladder["worth"].startswith(f"KL of svd at rank 2 ({at['kl']:.2g}) is reached by the mixed ladder at rank ")
+
+
 def test_no_policys_prompt_runs_above_the_baselines(fitted):
     curves = summary_of(fitted)["curves"]
-    for name in CURVES:
+    for name in POLICIES:
         for row, fixed in zip(curves[name], curves["fixed"], strict=True):
             assert row["prompt_mean_rank"] <= fixed["prompt_mean_rank"] + 1e-6
 
@@ -106,10 +134,12 @@ def test_the_policy_loads_and_serves(fitted, case):
     model, tokenizer = load_model(case.model, device=torch.device("cpu")), load_tokenizer(case.model)
     arguments = {"policy": fitted / "policy", "tokenizer": tokenizer, "max_new_tokens": 8, "do_sample": False}
     for budget in (None, 0.25, 0.5, 1.0):
-        found = generate(model, case.adapter, "Say: the rank of a page", budget=budget, **arguments)
+        found = generate(model, fitted / "ladder", "Say: the rank of a page", budget=budget, **arguments)
         assert 1 <= found.tokens[0] <= 8
-        assert 2 <= found.mean_rank <= 8
+        assert 0.2 <= found.mean_rank <= 8
     assert found.mean_rank == 8
+    with pytest.raises(ValueError, match="pass the folder `ladder` that the fit wrote beside the policy as --adapter"):
+        generate(model, case.adapter, "Say: the rank of a page", **arguments)
 
 
 def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fitted):
@@ -133,14 +163,21 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     groups = list(dict.fromkeys(tag.split("/")[0] for tag in sorted({*images, *scalars})))
     assert groups == ["compare", "eval", "hp", "tradeoff", "train"]
     over_fixed = summary_of(fitted)["over_fixed"]
-    for name in CURVES[1:]:
+    percent = [3, 6, 9, 12, 19, 25, 38, 50]  # of the adapter's bytes, and a rung of theirs is a little below its name
+    for name in POLICIES[1:]:
         shown = [(event.step, event.value) for event in scalars[f"tradeoff/{name}_over_fixed"]]
-        found = zip(over_fixed["mean_rank"], over_fixed["at_rank"][name], strict=True)
-        assert shown == [(rank, pytest.approx(ratio["ratio"])) for rank, ratio in found if ratio is not None]
-    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_over_fixed", "hp/learned_kl_at_4"}
+        found = zip(percent, over_fixed["at_rank"][name], strict=True)
+        expected = [(step, ratio["ratio"]) for step, ratio in found if ratio is not None]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in expected])
+        assert [step for step, _ in shown] == pytest.approx([step for step, _ in expected], abs=1)
+    worth = summary_of(fitted)["ladder"]
+    shown = [(event.step, event.value) for event in scalars["tradeoff/svd_bytes_over_ladder"]]
+    assert shown == [(round(100 * own["share"]), pytest.approx(own["fewer_bytes"])) for own in worth["over_svd"]]
+    assert scalars["hp/svd_bytes_over_ladder"][0].value == pytest.approx(worth["fewer_bytes"])
+    hp = {"hp/quality", "hp/latency", "hp/headroom", "hp/captured", "hp/learned_over_fixed", "hp/learned_kl_at_1"}
     assert hp <= scalars.keys()
     assert scalars["hp/learned_over_fixed"][0].value == pytest.approx(over_fixed["compared"]["learned"]["ratio"])
-    every = {"model", "adapter", "dataset", "seed", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
+    every = {"model", "adapter", "dataset", "seed", "ladder", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
     for name, settings in (
         ("amounts", Amounts),
         ("signals", SignalSettings),
@@ -152,20 +189,106 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     every |= {f"settings.chunk.weights.{signal}" for signal in SIGNALS}
     assert hparams.keys() == every
     assert hparams["settings.amounts.epochs"].number_value == CHANGES["amounts.epochs"]
-    assert hparams["rungs"].string_value == "[2, 4, 6, 8]"
+    assert hparams["rungs"].string_value == str(RUNGS)
+    assert hparams["ladder"].string_value == "mixed"
 
 
-def test_a_second_run_reuses_every_shard_and_ends_the_same(fitted, case, capsys):
+def test_a_second_run_reuses_ladder_and_shards_and_ends_the_same(fitted, case, capsys, monkeypatch):
     before, first = shards(fitted), summary_of(fitted)
+    monkeypatch.setattr(pipeline, "build", None)  # not called
     main(case.arguments(fitted, **CHANGES))
     printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[fit]")]
+    assert f" {first['ladder']['worth']}. " in " ".join(" ".join(printed).split())
+    assert f"--adapter {fitted / 'ladder'} --policy {fitted / 'policy'} " in printed[printed.index("serve it:") + 1]
     # commands stay on one line, to be copied
     assert max(map(len, printed[: printed.index("serve it:")])) <= 80
     assert f" {first['verdict']}. " in " ".join(" ".join(printed).split()), "whole words"
     assert shards(fitted) == before, "no shard written again, none added"
     # The latency table was kept, so that even milliseconds are the same.
-    for key in ("curves", "area", "headroom", "captured", "exported", "kl_at"):
+    for key in ("curves", "area", "headroom", "captured", "exported", "kl_at", "ladder"):
         assert summary_of(fitted)[key] == first[key], key
+
+
+SHORT = {
+    "amounts.train_documents": 4, "amounts.validation_documents": 2, "amounts.test_documents": 3, "amounts.epochs": 1,
+    "amounts.rounds": 0,
+}  # fmt: skip
+
+
+class Interrupted(Exception):
+    """What ends a fit behind the ladder."""
+
+
+@pytest.fixture
+def ladders_built(monkeypatch):
+    """`ladders_built(arguments)`: what a fit that ends behind its ladders has built; saved ones lie in its folder."""
+    built, original = [], pipeline.build
+
+    def noted(*args, **kwargs):
+        built.append(args)
+        return original(*args, **kwargs)
+
+    def interrupted(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(pipeline, "build", noted)
+    monkeypatch.setattr(fit_module, "collect_targets", interrupted)
+
+    def run(arguments):
+        built.clear()
+        with pytest.raises(Interrupted):
+            main(arguments)
+        return list(built)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"ladder": "ranked"}, {"rungs": "[0.5,2]"}, {"amounts.train_documents": 5}, {"dtype": "bfloat16"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_ladder_of_another_origin_is_not_taken_for_this_ones(change, ladders_built, case, tmp_path):
+    output = tmp_path / "out"
+    assert len(ladders_built(case.arguments(output, **SHORT))) == 1
+    first = (output / "ladder" / "ladder.json").read_bytes()
+    assert ladders_built(case.arguments(output, **SHORT)) == [], "it is the same fit, gone on with"
+    assert len(ladders_built(case.arguments(output, **{**SHORT, **change}))) == 1
+    assert (output / "ladder" / "ladder.json").read_bytes() != first
+    assert len(ladders_built(case.arguments(output, **SHORT))) == 1
+    assert (output / "ladder" / "ladder.json").read_bytes() == first, "drawn from the seed alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rungs"), [("svd", (1, 2, 3, 4, 8)), ("ranked", tuple(RUNGS)), ("mixed", tuple(RUNGS))]
+)
+def test_the_kind_of_ladder_is_a_choice(kind, rungs, ladders_built, case, tmp_path):
+    ladders_built(case.arguments(tmp_path / "out", ladder=kind, **SHORT))
+    ladder = load_ladder(tmp_path / "out" / "ladder")
+    assert (ladder.kind, ladder.rungs) == (kind, rungs)
+
+
+def test_a_saved_ladder_is_what_it_is(case, ladders_built, tmp_path, mixed_ladder):
+    """Whatever kind is asked for: its directions and its rungs, or some of them."""
+    saved = save_ladder(mixed_ladder, tmp_path / "saved", extra={"note": "mine"})
+    for rungs, expected in ((None, (0.5, 1, 2, 4, 8)), ("[1,4]", (1, 4, 8))):
+        output = tmp_path / f"out-{rungs}"
+        assert ladders_built(case.arguments(output, adapter=saved, ladder="svd", rungs=rungs, **SHORT)) == []
+        ladder = load_ladder(output / "ladder")
+        assert (ladder.kind, ladder.rungs) == ("mixed", expected)
+        assert ladder.fingerprint == mixed_ladder.with_rungs(expected).fingerprint
+    assert json.loads((saved / "ladder.json").read_text())["note"] == "mine", "it is left as it is"
+    own = saved.rename(tmp_path / "ladder")
+    ladders_built(case.arguments(tmp_path, adapter=own, rungs="[1,4]", **SHORT))
+    assert load_ladder(own).rungs == (0.5, 1, 2, 4, 8), "also where it is the output's own"
+
+
+def test_a_fit_of_an_svd_ladder_has_nothing_to_set_beside_it(case, tmp_path):
+    main(case.arguments(tmp_path / "out", ladder="svd", **SHORT))
+    summary = summary_of(tmp_path / "out")
+    assert tuple(summary["curves"]) == POLICIES
+    assert summary["ladder"].keys() == {"kind", "bytes", "lost_energy"}
+    assert PolicyCheckpoint.load(tmp_path / "out" / "policy").policy.rungs == (1, 2, 3, 4, 8)
 
 
 def finish_line(output: Path, stage: str) -> bool:
@@ -230,11 +353,12 @@ def test_two_adapters_make_a_policy_that_both_share(case, make_peft_adapter, tin
     assert summary["adapter"] == [str(case.adapter), str(wide)]
     assert summary["documents"] == {"train": 8, "validation": 8, "test": 12}
     assert saved.fingerprints["shared"]
-    assert [load_ladder(output / f"ladder-{n}").rungs for n in (0, 1)] == [(2, 4, 6, 8), (4, 8, 12, 16)]
+    assert [load_ladder(output / f"ladder-{n}").rungs for n in (0, 1)] == [rungs_of_rank(8), rungs_of_rank(16)]
+    assert [row["mean_rank"] for row in summary["curves"]["svd"]] == pytest.approx([1, 2, 3, 4])
     model, tokenizer = load_model(case.model, device=torch.device("cpu")), load_tokenizer(case.model)
     found = generate(
-        model, [case.adapter, output / "ladder-1"], ["Say: the rank", "Say: a page"], policy=saved, budget=[1.0, 1.0],
-        tokenizer=tokenizer, max_new_tokens=6, min_new_tokens=6, do_sample=False,
+        model, [output / "ladder-0", output / "ladder-1"], ["Say: the rank", "Say: a page"], policy=saved,
+        budget=[1.0, 1.0], tokenizer=tokenizer, max_new_tokens=6, min_new_tokens=6, do_sample=False,
     )  # fmt: skip
     assert found.row_mean_rank == [8, 16]
 
@@ -304,7 +428,11 @@ def empty_folder(tmp_path):
         ({"dataset": "empty_folder"}, "expected train.jsonl, validation.jsonl or test.jsonl in"),
         ({"dataset": "no-such/dataset"}, "no-such/dataset"),
         ({"dataset": "wikitext"}, "expected to reach the hub"),
-        ({"rungs": "[-1,4]"}, "expected ranks of at least 0"),
+        ({"rungs": "[-1,4]"}, "rungs[0]: expected a rank in [0, 65536], got -1"),
+        ({"rungs": "[4,4]"}, "rungs: expected a list of 1 to 1024, strictly ascending"),
+        ({"rungs": "[2,6]"}, "rungs: expected"),
+        ({"rungs": "[0.5]", "ladder": "svd"}, "expected whole ranks of an svd ladder, got [0.5]"),
+        ({"ladder": "thin"}, "ladder: expected one of svd, ranked, mixed, got 'thin'"),
         ({"dtype": "float8"}, "dtype: expected one of"),
         ({"fade_tokens": 3}, "fade_tokens: expected one of"),
         ({"block_tokens": 0}, "block_tokens: expected"),

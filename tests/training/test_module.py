@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from policy import DEFAULT_RUNGS, LearnedPolicy
-from tests.training.synthetic import RANKS, SCALES, chunk_samples
+from policy import LearnedPolicy
+from tests.training.synthetic import RANKS, RUNGS, SCALES, chunk_samples
 from training.learn.module import PolicyFit, interpolate_scale, loader
 
 GRID = torch.tensor(SCALES)
@@ -38,9 +38,7 @@ def test_a_parabola_is_met_between_the_scales_and_its_ends_stand_outside():
 @pytest.fixture
 def module():
     torch.manual_seed(0)
-    policy = LearnedPolicy(
-        DEFAULT_RUNGS, hidden=8, scale_range=0.2, log_lambda_range=(-5.0, 1.0), cost=RANKS / RANKS[-1]
-    )
+    policy = LearnedPolicy(RUNGS, hidden=8, scale_range=0.2, log_lambda_range=(-5.0, 1.0), cost=RANKS / RANKS[-1])
     for parameter in policy.parameters():  # heads start at zero, where half of the gradients vanish
         torch.nn.init.normal_(parameter, std=0.3)
     policy.log_temperature.data.fill_(-2.0)

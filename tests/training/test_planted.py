@@ -5,12 +5,12 @@ Trained, calibrated, measured and judged by the code that a real fit runs; only 
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from policy import (
-    DEFAULT_RUNGS,
     SIGNALS,
     FixedPolicy,
     LatencyTable,
@@ -21,13 +21,12 @@ from policy import (
     Summary,
 )
 from policy.percentile import COMPLEXITY
-from runtime.ladder import Ladder, LadderFactors
-from runtime.ladder.formats import BITS
-from tests.training.synthetic import RANKS, SCALES, chunk_samples, shuffled
+from runtime.ladder import Adapter, LoraFactors, build_ladder
+from tests.training.synthetic import RANKS, RUNGS, SCALES, chunk_samples, shuffled
 from tests.training.table_bench import TableBench, TableOracle
 from training.amounts import Amounts
 from training.compare.curves import Curve, fixed_curve, oracle_curve, policy_curve
-from training.compare.verdict import VERDICT_RANKS, judge
+from training.compare.verdict import judge
 from training.documents import Corpus
 from training.learn.calibrate import best_scales
 from training.learn.train import new_policy, train_round
@@ -36,16 +35,10 @@ from training.task import AdapterTask, FitContext
 
 FIT = Amounts()
 # Of the ladder only the bytes of its rungs matter here: one module of rank 64.
-LADDER = Ladder(
-    "planted",
-    DEFAULT_RUNGS,
-    {"m": LadderFactors(*torch.zeros(2, 64, 8), torch.zeros(64))},
-    torch.tensor(DEFAULT_RUNGS)[:, None, None].repeat(1, 1, len(BITS)),
-    "none",
-)
+LADDER = build_ladder(Adapter(Path("planted"), None, {"m": LoraFactors(*torch.zeros(2, 64, 64), 1.0)}))
 COST = RANKS / RANKS[-1]
 RUNG_RANK = RANKS.double().numpy()
-AIMS = range(len(DEFAULT_RUNGS) - 1)
+AIMS = range(len(RUNGS) - 1)
 CHUNKS_PER_DOCUMENT = 15
 
 HARDNESS = {
@@ -65,7 +58,7 @@ class Outcome:
 
     def verdict(self, signal: str):
         curves = {**self.curves, "percentile": self.percentiles[signal]}
-        return judge(curves, DEFAULT_RUNGS, RUNG_RANK, resamples=100, seed=0)
+        return judge(curves, RUNGS, RUNG_RANK, resamples=100, seed=0)
 
 
 def train(samples: Samples, held_out: Samples, make_trainer, seed: int, folder) -> LearnedPolicy:
@@ -94,13 +87,13 @@ def play(parts: tuple[Samples, Samples, Samples], make_trainer, seed: int, folde
     summary = Summary.from_features(training.features)
     percentiles = {}
     for signal in (*SIGNALS, COMPLEXITY):
-        value, known = PercentilePolicy(DEFAULT_RUNGS, signal).value(summary)
-        policy = PercentilePolicy.calibrate(value[known], DEFAULT_RUNGS, signal, scales=scales)
+        value, known = PercentilePolicy(RUNGS, signal).value(summary)
+        policy = PercentilePolicy.calibrate(value[known], RUNGS, signal, scales=scales)
         percentiles[signal] = curve("percentile", policy)
     curves = {
-        "fixed": fixed_curve(FixedPolicy(DEFAULT_RUNGS, scales), settings, test),
+        "fixed": fixed_curve(FixedPolicy(RUNGS, scales), settings, test),
         "learned": curve("learned", learned),
-        "random": curve("random", RandomPolicy(DEFAULT_RUNGS, seed=seed, scales=scales)),
+        "random": curve("random", RandomPolicy(RUNGS, seed=seed, scales=scales)),
         "oracle": oracle_curve(settings, TableOracle(test), RUNG_RANK, AIMS),
     }
     return Outcome(curves, percentiles)
@@ -119,7 +112,7 @@ def test_planted_headroom_is_captured(kind, seed, make_trainer, tmp_path):
     outcome = play(planted(kind, seed), make_trainer, seed, tmp_path)
     for signal in (*SIGNALS, COMPLEXITY):
         verdict = outcome.verdict(signal)
-        assert verdict.ranks == VERDICT_RANKS
+        assert verdict.ranks == (8, 16, 24)
         assert verdict.headroom > 0
         assert verdict.captured >= 0.7
         learned, percentile = verdict.kl["learned"], verdict.kl["percentile"]

@@ -94,7 +94,7 @@ def test_a_configuration_file_with_a_mistake_is_one_line(command, content, says,
 
 def test_a_setting_that_may_be_of_several_types_names_them(capsys):
     shown = refused(COMMANDS["fit"], ["--rungs=x"], capsys)
-    assert shown == "error: rungs: expected one of list[int], NoneType, got x; --help lists what there is\n"
+    assert shown == "error: rungs: expected one of list[float], NoneType, got x; --help lists what there is\n"
     assert plain("something\n  new: entirely") == "something new: entirely"
 
 

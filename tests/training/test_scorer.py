@@ -116,6 +116,81 @@ def test_a_policy_that_moves_is_scored_in_the_run_it_takes(held_out, ladder, exa
     assert (scores.rungs.sum(0) > 0).sum() > 1, "the policy must move for this to say anything"
 
 
+def test_a_ladder_in_few_bits_is_scored_at_every_rung_and_counted_in_its_bytes(
+    tiny_llama, mixed_ladder, examples, small_settings
+):
+    held_out = HeldOut((Scorer(tiny_llama, mixed_ladder, examples),))
+    rungs = torch.arange(len(mixed_ladder.rungs))
+    found = held_out.measure(FixedPolicy(mixed_ladder.rungs), small_settings, Operating.at(rungs.float(), rungs))
+    rung_bytes = mixed_ladder.rung_bytes().numpy()
+    for rung, scores in enumerate(found):
+        kl = 0.0
+        for example in examples:
+            ids = torch.tensor([example["input_ids"]])
+            log_p = []
+            for own in (8, mixed_ladder.rungs[rung]):
+                with activate(tiny_llama, static_plan(mixed_ladder, own)):
+                    log_p.append(tiny_llama(ids).logits[0, :-1].double().log_softmax(-1))
+            scored = torch.arange(1, ids.shape[1]) >= example["prompt_tokens"]
+            kl += float((log_p[0].exp() * (log_p[0] - log_p[1])).sum(-1)[scored].sum())
+        assert scores.sums["kl"].sum() == pytest.approx(kl, rel=1e-3, abs=1e-4)
+        assert scores.mean(rung_bytes) == rung_bytes[rung]
+    assert [scores.value("kl") for scores in found] == sorted((s.value("kl") for s in found), reverse=True)
+
+
+def test_a_fade_from_bank_to_bank_counts_what_it_reads_of_both(tiny_llama, mixed_ladder, examples):
+    """From the exact adapter down to the rung that a fixed policy goes on with: a wider start, for as long as it fades.
+
+    Of a rung to another of the same bank nothing is read beside the dearer one.
+    """
+    settings = Settings(block_tokens=8, fade_tokens=4)
+    whole = [{**example, "prompt_tokens": 0} for example in examples if len(example["input_ids"]) > 20]
+    held_out = HeldOut((Scorer(tiny_llama, mixed_ladder, whole),))
+    policy, top = FixedPolicy(mixed_ladder.rungs), len(mixed_ladder.rungs) - 1
+    starts = torch.tensor([top, 3])
+    apart, same = held_out.measure(policy, settings, Operating.at(torch.ones(2), starts))
+    # A chunk of the greatest length at the start rung, then a fade of which the fourth token is at its end.
+    start = settings.chunk.max_tokens
+    for document, length in enumerate(apart.tokens):
+        assert apart.rungs[document, [1, top]].tolist() == [length - start, start + 3]
+        assert same.rungs[document, [1, 3]].tolist() == [length - start - 3, start + 3]
+        assert apart.rungs[document].sum() == length + 3
+
+
+def test_fixed_rungs_are_scored_one_at_a_time(held_out, ladder, examples, small_settings, monkeypatch):
+    """A batch reads the directions of every rung in it, for all of its rows."""
+    rungs, policy = torch.arange(4), FixedPolicy(ladder.rungs)
+    starts, activated = [], activate
+
+    def noted(model, plan, **options):
+        starts.append(plan.operating.start_rung.tolist())
+        return activated(model, plan, **options)
+
+    monkeypatch.setattr("training.compare.scorer.activate", noted)
+    together = held_out.measure(policy, small_settings, Operating.at(rungs.float(), rungs))
+    assert all(len(set(own)) == 1 for own in starts)
+    assert starts, "otherwise this says nothing"
+    for rung, scores in enumerate(together):
+        (alone,) = held_out.measure(policy, small_settings, Operating.at(float(rung), rung))
+        assert (scores.rungs == alone.rungs).all()
+        assert {name: own.tolist() for name, own in scores.sums.items()} == {
+            name: own.tolist() for name, own in alone.sums.items()
+        }
+        assert scores.kv is not None, "its caches were its own"
+
+
+def test_another_ladder_of_the_adapter_shares_what_is_exact(tiny_llama, ladder, mixed_ladder, examples):
+    scorer = Scorer(tiny_llama, mixed_ladder, examples)
+    scorer.score(static_plan(mixed_ladder, 4))
+    kept = dict(scorer._exact)
+    other = scorer.on(ladder)
+    (scores,) = other.score(static_plan(ladder, 4))
+    (alone,) = Scorer(tiny_llama, ladder, examples).score(static_plan(ladder, 4))
+    assert (scorer.ladder, other.ladder) == (mixed_ladder, ladder)
+    assert scores.sums["kl"] == pytest.approx(alone.sums["kl"], rel=1e-5)
+    assert all(other._exact[document] is exact for document, exact in kept.items())
+
+
 def test_the_oracle_meets_the_mean_rank_and_beats_the_fixed_rung(held_out, tiny_llama, ladder, examples):
     settings = Settings(block_tokens=1, fade_tokens=1)
     settings = replace(settings, chunk=replace(settings.chunk, min_tokens=1, max_tokens=1))

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from policy import SIGNALS, STATS, ChunkSettings, Operating, PercentilePolicy, Settings
 from runtime.control.record import Keep
 from runtime.export import export_rung
-from runtime.plan import RunPlan
+from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
 from training.amounts import Amounts
 from training.documents import make_batch
@@ -90,19 +90,51 @@ def test_scales_may_differ_by_rung(full_rank_run, ladder, make_example):
         torch.testing.assert_close(one[:, rung, 0], all_of_them[:, rung, column], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_a_table_in_slices_is_the_same_table(full_rank_run, ladder, make_example, monkeypatch, rows):
-    """At most so many rows' logits at a time, the reference measured once."""
-    example, scales = make_example(20, seed=3), torch.tensor(GRID).expand(len(ladder.rungs), -1)
-    (whole,) = damage_table(full_rank_run, [example], scales)
-    widths = []
-    gated = full_rank_run.gated
-    monkeypatch.setattr(full_rank_run, "gated", lambda ids, *rest: widths.append(len(ids)) or gated(ids, *rest))
-    monkeypatch.setattr("training.targets.damage.LOGITS_BYTES", rows * 20 * 256 * 4)
-    (sliced,) = damage_table(full_rank_run, [example], scales)
-    assert max(widths) == rows
-    assert sum(widths) == 1 + 3 * len(GRID)
-    torch.testing.assert_close(sliced, whole, **NATS)
+@pytest.fixture
+def passes(full_rank_run, monkeypatch):
+    """(rows, columns, active rungs) of every pass that targets take."""
+    seen, gated = [], full_rank_run.gated
+
+    def noted(tokens, real, weights):
+        seen.append((*tokens.shape, (weights > 0).flatten(0, 1).any(0).nonzero()[:, 0].tolist()))
+        return gated(tokens, real, weights)
+
+    monkeypatch.setattr(full_rank_run, "gated", noted)
+    return seen
+
+
+@pytest.mark.parametrize("room", [1, 20, 40, 43, 80, 160, 1000])
+def test_a_table_in_slices_is_the_same_table(full_rank_run, ladder, make_example, monkeypatch, passes, room):
+    """Logits of at most so many positions at a time, or of one row; documents share a pass where there is room."""
+    examples = [make_example(length, seed=length) for length in (20, 43, 19, 20)]
+    scales = torch.tensor((0.9, *GRID)).expand(len(ladder.rungs), -1)
+    whole = [damage_table(full_rank_run, [example], scales)[0] for example in examples]
+    passes.clear()
+    monkeypatch.setattr("training.targets.damage.LOGITS_BYTES", room * 256 * 4)
+    sliced = damage_table(full_rank_run, examples, scales)
+    assert all(rows * columns <= room for rows, columns, _ in passes if rows > 1)
+    assert sum(rows for rows, _, _ in passes) == len(examples) * (1 + 3 * len(scales[0])), "the reference once"
+    assert all(len(active) == 1 for *_, active in passes), "one rung at a time"
+    shared = max(rows for rows, _, active in passes if active == [len(ladder.rungs) - 1])
+    assert shared == {1000: 3, 160: 2}.get(room, 1), "of three that are alike"
+    for one, other in zip(sliced, whole, strict=True):
+        torch.testing.assert_close(one, other, **NATS)
+
+
+def test_a_table_of_a_ladder_in_few_bits_is_that_of_its_rungs(tiny_llama, mixed_ladder, make_example):
+    examples = [make_example(23, 5, seed=1), make_example(20, 0, seed=2)]
+    scales = torch.tensor(GRID).expand(len(mixed_ladder.rungs), -1)
+    with activate(tiny_llama, static_plan(mixed_ladder, 8)) as run:
+        tables = damage_table(run, examples, scales)
+    for example, table in zip(examples, tables, strict=True):
+        found = []
+        for rung in mixed_ladder.rungs:
+            with activate(tiny_llama, static_plan(mixed_ladder, rung)):
+                found.append(logits_of(tiny_llama, example["input_ids"]))
+        expected = torch.stack([kl(found[-1], own) for own in found], 1)
+        torch.testing.assert_close(table[..., 0].double(), expected, **NATS)
+        assert (expected[:, :-1].mean(0) > 1e-5).all(), "every rung loses something"
+        assert (table[:, :-1, 1] != table[:, :-1, 0]).any()
 
 
 def mixed_kl(peft_model, rung, top, ids, start, end):

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from policy import SIGNALS, PolicyCheckpoint, Summary
+from policy.rungs import rungs_of_rank
 from runtime.control.bucket import SLACK_TOKENS
 from runtime.control.record import Keep
+from runtime.ladder import load_ladder
 from runtime.reference.run import AdaptiveRun
 from training import fit as fit_module
 from training import pipeline
@@ -43,6 +45,8 @@ class Tape:
 
     stage: str = ""
     """Where the fit is: a stage's name, or the curve under way."""
+    built: list[tuple] = field(default_factory=list)
+    """What ladders were built of."""
     passes: list[dict] = field(default_factory=list)
     """Runs of the model under a policy: stage, documents, policy, what the rows could spend."""
     measured: list[dict] = field(default_factory=list)
@@ -67,8 +71,14 @@ class Tape:
         return next(n for n in names if any(example["input_ids"] == e["input_ids"] for e in getattr(corpus, n)))
 
 
+def moved(scales: torch.Tensor) -> torch.Tensor:
+    """Away from 1, where those of a ladder that is calibrated are: so that it is seen who has them."""
+    return torch.cat([1.05 * scales[:-1], scales[-1:]])
+
+
 def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
     """Put recorders around the seams; every one of them calls what it stands in for."""
+    patch.setattr(first_stage, "best_scales", lambda *args: moved(best_scales(*args)))
 
     def around(owner, name, note):
         original = getattr(owner, name)
@@ -91,12 +101,14 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
 
         return note
 
-    for name in ("open_tasks", "collect_targets", "train_policy", "compare_policies"):
+    for name in ("open_tasks", "build_ladders", "collect_targets", "train_policy", "compare_policies"):
         around(fit_module, name, stage(name))
 
     def curve(name, *_):
         tape.stage = name
 
+    around(pipeline, "build", lambda *args, **kwargs: tape.built.append((args, kwargs)))
+    around(pipeline, "measure_svd", lambda *_: curve("svd"))
     around(pipeline, "policy_curve", lambda name, *_: curve(name))
     around(pipeline, "percentile_policy", lambda *_: curve("choosing percentile"))
 
@@ -195,6 +207,28 @@ def equal(one: Samples, other: Samples) -> bool:
     return all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("features", "damage", "tokens", "scored"))
 
 
+def test_the_ladder_is_built_of_train_documents_alone(wired, case):
+    tape, folder, _ = wired
+    ((args, kwargs),) = tape.built
+    kind, adapter, model, documents, rungs = args
+    assert (kind, adapter.path, model, rungs) == ("mixed", case.adapter, tape.stages["build_ladders"][0][0].model, None)
+    assert [example["input_ids"] for example in documents] == [e["input_ids"] for e in tape.task.corpus.train]
+    assert splits(tape, documents) == {"train"}
+    assert kwargs["seed"] == 0
+    saved = load_ladder(folder / "ladder")
+    assert (saved.kind, saved.rungs) == ("mixed", rungs_of_rank(8))
+    assert saved.fingerprint == tape.task.ladder.fingerprint
+
+
+def test_the_svd_ladder_is_scored_on_test_documents_as_it_is(wired):
+    tape, _, _ = wired
+    entries = [entry for entry in tape.measured if entry["stage"] == "svd"]
+    assert [splits(tape, entry["documents"]) for entry in entries] == [{"test"}] * 4
+    assert {entry["policy"].rungs for entry in entries} == {(1, 2, 3, 4, 8)}
+    assert all((entry["policy"].scales == 1).all() for entry in entries)
+    assert [entry["start"] for entry in entries] == [entry["knob"] for entry in entries] == [0, 1, 2, 3]
+
+
 def test_settings_and_scales_are_set_from_train_documents_alone(wired):
     tape, _, calibrated = wired
     train_documents = tape.task.corpus.train
@@ -203,7 +237,7 @@ def test_settings_and_scales_are_set_from_train_documents_alone(wired):
     count = len(train_documents)
     own = tape.paths["trajectory-full"][:count], tape.tables["tables"][:count]
     samples = Samples.concatenate(document_samples(train_documents, *own, calibrated.later))
-    assert torch.equal(calibrated.scales, best_scales(samples.damage, samples.tokens, AMOUNTS.scales))
+    assert torch.equal(calibrated.scales, moved(best_scales(samples.damage, samples.tokens, AMOUNTS.scales)))
 
 
 def test_the_first_round_trains_on_train_documents_and_validates_on_validation(wired):
@@ -256,7 +290,7 @@ def test_the_policy_starts_with_the_normalisers_of_its_training_samples(wired):
 def test_held_out_runs_keep_their_pages_in_full_precision(wired):
     tape, _, calibrated = wired
     assert "full" not in (calibrated.settings.kv.hard, calibrated.settings.kv.easy)
-    names = {"fixed", "percentile", "learned", "capped", "random", "oracle", "choosing percentile"}
+    names = {"fixed", "percentile", "learned", "capped", "random", "oracle", "svd", "choosing percentile"}
     runs = [p for p in tape.passes if p["stage"] in names]
     assert {p["stage"] for p in runs} == names
     assert all(p["kv"].is_full for p in runs)
@@ -381,7 +415,7 @@ def test_percentile_gives_harder_chunks_the_higher_rungs(wired):
     """At one knob the rung can only rise with what the thresholds are on."""
     tape, _, _ = wired
     moved = 0
-    runs = [(p, knob) for p in tape.passes if p["stage"] == "percentile" for knob in set(p["knob"])]
+    runs = [(p, knob) for p in tape.passes if p["policy"].kind == "percentile" for knob in set(p["knob"])]
     for entry, knob in runs:
         seen, rungs = response_decisions(entry, torch.tensor([own == knob for own in entry["knob"]]))
         value, known = entry["policy"].value(seen)

@@ -90,11 +90,11 @@ def rank_and_kl(scores: Scores, rung_rank: np.ndarray, documents: np.ndarray | N
     return float(draws @ (scores.rungs @ rung_rank) / tokens), float(draws @ scores.sums["kl"] / tokens)
 
 
-def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench) -> Curve:
+def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench, name: str = "fixed") -> Curve:
     """Every rung but the top, which is exact."""
     aims = torch.arange(len(policy.rungs) - 1)
-    found = test.measure(policy, settings, Operating.at(aims.float(), aims), "fixed on test")
-    return Curve("fixed", _points(aims.float().tolist(), found))
+    found = test.measure(policy, settings, Operating.at(aims.float(), aims), f"{name} on test")
+    return Curve(name, _points(aims.float().tolist(), found))
 
 
 def policy_curve(

@@ -1,5 +1,7 @@
 """The trade-off as one picture: what every policy loses at its mean rank, and that loss against the fixed rungs'.
 
+Beside the policies, left, the fixed rungs of plain truncation: what the ladder is worth.
+
 Left, KL over mean rank as measured; both policies of a close race are seen, because the exported one is a broad line
 below the others' thin ones. Right, what the left side is too coarse for: how far every policy is from the fixed rungs
 at equal rank, with intervals. That axis is linear for a few per cent and logarithmic beyond, so that a close race and a
@@ -40,6 +42,7 @@ STYLE = {
     "capped": Style("learned, budget kept", "#cc79a7", "P", "log_lambda"),
     "random": Style("random", "#999999", "v", "centre"),
     "oracle": Style("oracle", "#009e73", "^", ""),
+    "svd": Style("svd ladder, fixed rungs", "#d55e00", "X", "rung"),
 }
 """Every policy that is shown, by its name; one more is one more entry."""
 
@@ -134,7 +137,7 @@ def _line(name: str, exported: str, later: int) -> dict[str, Any]:
 def _frame(axes: Axes, ranks: list[float]) -> None:
     # The square root of the rank: small rungs stay apart, a rung of 0 has its place, and margins left of it.
     axes.set_xscale("function", functions=(lambda rank: np.sign(rank) * np.sqrt(np.abs(rank)), lambda x: x * np.abs(x)))
-    axes.set_xticks(ranks, [f"{rank:.3g}" for rank in ranks])
+    axes.set_xticks(ranks, [f"{rank:.0f}" if rank >= 10 else f"{rank:.2g}" for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=14)
     axes.grid(True, color="#e6e6e6")

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from policy.cost import LatencyTable
+from policy.rungs import Rung
 from runtime.ladder import Ladder
 from runtime.loading import device_name
 from runtime.plan import static_plan
@@ -33,7 +34,7 @@ def measure_latency(
     if 0 not in ladder.rungs:  # the base model alone, through the same code
         ladder = ladder.with_rungs((0, *ladder.rungs))
     tokens = (torch.arange(context_tokens, device=model.device) % model.config.vocab_size)[None]
-    times: dict[int, list[float]] = {rung: [] for rung in ladder.rungs}
+    times: dict[Rung, list[float]] = {rung: [] for rung in ladder.rungs}
     for number in with_progress(range(rounds + 1), "latency of every rung", rounds + 1):
         for rung in ladder.rungs:
             with activate(model, static_plan(ladder, rung)) as run:

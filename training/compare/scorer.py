@@ -3,15 +3,17 @@
 No table of uniform runs stands in for a mixed run here: every number comes from logits of the model while the policy
 moved between rungs. Per document, so that a bootstrap can resample documents. `fit` and `evaluate` score here and
 nowhere else; what is measured is a registry, `MEASURES`. Several points of one policy, each what a row may spend, are
-scored in shared batches: a row gets there what it gets alone.
+scored in shared batches: a row gets there what it gets alone. Fixed rungs are not: a batch reads the directions of all
+rungs that are active in it, for all of its rows.
 
 Shape legend: D documents, B rows of a batch, T tokens, V vocabulary, J rungs.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,13 +24,13 @@ from transformers import PreTrainedModel
 from policy.contract import RankPolicy
 from policy.operating import Operating
 from policy.settings import Settings
-from runtime.control.record import Keep, count_rungs
+from runtime.control.record import PROMPT, RESPONSE, Keep, count_rungs
 from runtime.ladder import Ladder
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
 from runtime.reference.run import AdaptiveCache
 
-from ..documents import Example, batches, make_batch, positions_within
+from ..documents import Batch, Example, batches, make_batch, positions_within
 from ..progress import with_progress
 from ..targets.damage import Exact, token_kl
 
@@ -99,9 +101,9 @@ class Scores:
     tokens: np.ndarray
     """Scored tokens."""
     rungs: np.ndarray
-    """[D, J] scored tokens whose active rung was j."""
+    """[D, J] scored tokens that read rung j: their active one, and what a fade from bank to bank reads beside it."""
     prompt_rungs: np.ndarray
-    """[D, J] prompt tokens whose active rung was j."""
+    """[D, J] the same of prompt tokens."""
     kv: KVBytes | None = None
     """Of all documents' caches, each at its end; None where several points shared them."""
     processed: int = 0
@@ -166,37 +168,46 @@ class Scorer:
         self.measures = {name: MEASURES[name] for name in measures}
         self._exact: dict[int, Exact] = {}
 
+    def on(self, ladder: Ladder) -> Scorer:
+        """The same documents under another ladder of the same adapter, whose exact distributions are the same."""
+        other = copy.copy(self)
+        other.ladder = ladder
+        return other
+
     def score(self, plan: RunPlan, name: str | None = None) -> list[Scores]:
         """Scores of a plan at every row of its `operating`; `name` shows a progress bar."""
 
         def batch_plan(documents: list[int], points: list[int]) -> RunPlan:
             return replace(plan, operating=plan.operating.select(torch.tensor(points)))
 
-        return self.score_with(batch_plan, len(plan.operating), name)
+        return self.score_with(batch_plan, len(plan.operating), name, apart=not plan.policy.looks)
 
-    def score_with(self, plan_for: PlanFor, points: int, name: str | None = None) -> list[Scores]:
-        """Scores of `points` points, whose runs share batches: `plan_for` makes the plan of each."""
+    def score_with(
+        self, plan_for: PlanFor, points: int, name: str | None = None, *, apart: bool = False
+    ) -> list[Scores]:
+        """Scores of `points` points, whose runs share batches unless `apart`: `plan_for` makes the plan of each."""
         docs = len(self.examples)
         found = [_Sums(docs, list(self.measures)) for _ in range(points)]
-        made = batches(self.examples, self.rows, positions_within(self.model, LOGITS_BYTES), points)
+        made = self._batches([[point] for point in range(points)] if apart else [list(range(points))])
         if name is not None:
             made = with_progress(made, name, docs * points, lambda item: len(item[0]))
-        for index, batch in made:
-            documents, at = [i // points for i in index], [i % points for i in index]
+        for documents, at, batch in made:
             batch = batch.to(self.model.device)
             scored = batch.scored.bool()
             exact = self._exact_of(documents)
             started = time.perf_counter()
             with activate(self.model, plan_for(documents, at), keep=Keep.RUNGS) as run:
-                cache = run.new_cache(len(index), prompt_tokens=batch.prompt_tokens)
+                cache = run.new_cache(len(at), prompt_tokens=batch.prompt_tokens)
                 logits = run.logits_at(batch.tokens, batch.real, cache, scored)
             # Reading a number waits for the device, so that the clock sees the whole forward.
             lengths, tokens = batch.real.sum(1).tolist(), scored.sum(1).tolist()
             seconds = time.perf_counter() - started
             values = self._measured(logits, batch.tokens.roll(-1, 1)[scored], tokens, exact)
             active, count = cache.stream.active_rungs(), len(cache.stream.policy.rungs)
+            beside = cache.stream.sums.beside
             rungs, prompt_rungs = (
-                count_rungs(active, where, count).cpu().numpy() for where in (scored, batch.prompt())
+                (count_rungs(active, where, count) + beside[:, part]).cpu().numpy()
+                for where, part in ((scored, RESPONSE), (batch.prompt(), PROMPT))
             )
             for row, (document, point) in enumerate(zip(documents, at, strict=True)):
                 mine = found[point]
@@ -205,10 +216,17 @@ class Scorer:
                 mine.tokens[document] = tokens[row]
                 mine.rungs[document], mine.prompt_rungs[document] = rungs[row], prompt_rungs[row]
                 mine.processed += lengths[row]
-                mine.ms += 1000 * seconds / len(index)
-            for sums in found:
-                sums.kv.append(KVBytes.of(cache) if points == 1 else None)
+                mine.ms += 1000 * seconds / len(at)
+            for point in set(at):
+                found[point].kv.append(KVBytes.of(cache) if apart or points == 1 else None)
         return [sums.scores() for sums in found]
+
+    def _batches(self, groups: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], Batch]]:
+        """(documents [B], points [B], the batch): every document at every point, those of a group side by side."""
+        positions = positions_within(self.model, LOGITS_BYTES)
+        for group in groups:
+            for index, batch in batches(self.examples, self.rows, positions, len(group)):
+                yield [i // len(group) for i in index], [group[i % len(group)] for i in index], batch
 
     def _measured(
         self, logits: Tensor, following: Tensor, tokens: Sequence[int], exact: Sequence[Exact | None]

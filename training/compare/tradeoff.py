@@ -18,10 +18,13 @@ from .curves import Curve
 from .figure import STYLE, tradeoff_figure
 
 
-def table(curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+def table(
+    curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray | None
+) -> dict[str, list[dict[str, Any]]]:
     """The curves as plain numbers: per point its knob, mean rank, KL, prompt's mean rank, perplexity, latency.
 
-    `latency_ms` is the measured decode time of every rung, averaged over the rungs that were active.
+    `latency_ms` is the measured decode time of every rung, averaged over the rungs that were active; it is left out
+    where rungs were not timed.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, curve in curves.items():
@@ -32,7 +35,7 @@ def table(curves: dict[str, Curve], rung_rank: np.ndarray, rung_ms: np.ndarray) 
             row |= {
                 "mean_rank": scores.mean(rung_rank),
                 "kl": scores.value("kl"),
-                "latency_ms": scores.mean(rung_ms),
+                **({} if rung_ms is None else {"latency_ms": scores.mean(rung_ms)}),
                 "prompt_mean_rank": scores.prompt_mean(rung_rank),
                 "perplexity": scores.value("perplexity"),
             }
@@ -56,15 +59,21 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
     """The figure, the trade-off to lay over that of other runs, and the HParams row: settings, what to compare runs by.
 
     TensorBoard sorts cards by tag and opens the first two groups: `compare` and `eval` come before `hp`, `tradeoff` and
-    `train`. Over mean rank it is given the ratio to the fixed rungs alone: it is what runs differ in, and TensorBoard
-    smooths every line unless told otherwise, which a ratio near 1 survives and a KL that falls twentyfold does not.
+    `train`. Its steps are whole numbers: percent of the adapter's bytes. Over them it is given ratios alone, of a KL to
+    the fixed rungs' and of an svd rung's bytes to those that the ladder needs for its KL: they are what runs differ in,
+    and TensorBoard smooths every line unless told otherwise, which a ratio survives and a KL that falls twentyfold does
+    not.
     """
     logger.experiment.add_figure("compare/tradeoff", figure, close=False)
     over_fixed = summary["over_fixed"]
     for name, ratios in over_fixed["at_rank"].items():
-        for rank, found in zip(over_fixed["mean_rank"], ratios, strict=True):
+        for share, found in zip(over_fixed["share"], ratios, strict=True):
             if found is not None and name != "fixed":
-                logger.experiment.add_scalar(f"tradeoff/{name}_over_fixed", found["ratio"], round(rank))
+                logger.experiment.add_scalar(f"tradeoff/{name}_over_fixed", found["ratio"], round(100 * share))
+    ladder = summary["ladder"]
+    for own in ladder.get("over_svd", ()):
+        step = round(100 * own["share"])
+        logger.experiment.add_scalar("tradeoff/svd_bytes_over_ladder", own["fewer_bytes"], step)
     metrics = {
         "hp/quality": summary["operating_point"]["kl"],
         "hp/latency": summary["operating_point"]["latency_ms"],
@@ -74,6 +83,8 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
     compared = over_fixed["compared"]["learned"]
     if compared is not None:
         metrics["hp/learned_over_fixed"] = compared["ratio"]
+    if ladder.get("fewer_bytes") is not None:
+        metrics["hp/svd_bytes_over_ladder"] = ladder["fewer_bytes"]
     learned = zip(summary["compared_at"], summary["kl_at"]["learned"], strict=True)
     metrics |= {f"hp/learned_kl_at_{rank}": kl for rank, kl in learned}
     logger.log_hyperparams(flat(params), metrics)
@@ -92,10 +103,16 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | fl
 
 
 def _csv(summary: dict[str, Any]) -> str:
-    """A row per measured point, and beside it what its policy reaches at the very rank that the point was aimed at."""
+    """A row per measured point, and beside it what its policy reaches at the very rank that the point was aimed at.
+
+    The svd ladder's rungs are its own: nothing is aimed at those of the ladder in use.
+    """
     over_fixed = summary["over_fixed"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, points in summary["curves"].items():
+        if name not in over_fixed["kl"]:
+            rows += [{"policy": name, **row} for row in points]
+            continue
         read = zip(points, over_fixed["mean_rank"], over_fixed["kl"][name], over_fixed["at_rank"][name], strict=True)
         for row, rank, kl, found in read:
             low, high = (None, None) if found is None else found["interval_95"]

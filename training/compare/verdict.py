@@ -1,6 +1,7 @@
 """The verdict: what the learned policy gains over the fixed rungs, of what there is to gain, and what is exported.
 
-It is read at the mean rank of the fixed rungs 8, 16 and 24 (of those there are), as `equal_rank` reads the curves:
+It is read at the mean rank of the fixed rungs nearest to an eighth, a quarter and three eighths of the adapter, as
+`equal_rank` reads the curves:
 
     headroom = KL(fixed) - KL(oracle),   captured = (KL(fixed) - KL(learned)) / headroom,   averaged over those rungs
 
@@ -18,10 +19,15 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import auc
 
+from policy.rungs import Rung
+
 from .curves import Curve
 from .equal_rank import EqualRank, Interval, at_equal_rank, interval
 
-VERDICT_RANKS = (8, 16, 24)
+VERDICT_SHARES = (1 / 8, 1 / 4, 3 / 8)
+"""Of the adapter's bytes: 8, 16 and 24 of rank 64. From a half on a ladder in few bits loses nothing."""
+BELOW = 1 / 2
+"""Of the rungs there are those below this share are chosen from, where there are any."""
 MEASURABLE_NATS = 1e-6
 """A headroom, or a KL to compare with, whose interval reaches below this is none."""
 
@@ -46,6 +52,8 @@ class OverFixed:
     """Both averaged over the rungs that the verdict is read at."""
     ranks: tuple[float, ...]
     """Mean rank of every rung but the top."""
+    shares: tuple[float, ...]
+    """The same over the top's."""
     kl: dict[str, list[float | None]]
     """Each policy's KL at these."""
     ratios: dict[str, list[Ratio | None]]
@@ -56,6 +64,7 @@ class OverFixed:
         return {
             "compared": {name: None if ratio is None else ratio.describe() for name, ratio in self.compared.items()},
             "mean_rank": list(self.ranks),
+            "share": list(self.shares),
             "kl": self.kl,
             "at_rank": {
                 name: [None if ratio is None else ratio.describe() for ratio in ratios]
@@ -68,7 +77,7 @@ class OverFixed:
 class Verdict:
     """What the comparison says. Numbers are nan-free: where a curve does not reach a rung, the rung is left out."""
 
-    ranks: tuple[int, ...]
+    ranks: tuple[Rung, ...]
     """The fixed rungs compared at."""
     kl: dict[str, list[float]]
     """KL of each policy at those mean ranks."""
@@ -136,15 +145,15 @@ class Verdict:
 
 
 def judge(
-    curves: dict[str, Curve], rungs: Sequence[int], rung_rank: np.ndarray, *, resamples: int, seed: int
+    curves: dict[str, Curve], rungs: Sequence[Rung], rung_rank: np.ndarray, *, resamples: int, seed: int
 ) -> Verdict:
     """Judge `curves` (fixed, percentile, learned, random, oracle). See the module's docstring."""
     read = at_equal_rank(curves, rung_rank, resamples=resamples, seed=seed)
-    wanted = [rung for rung in VERDICT_RANKS if rung in rungs[:-1]] or list(rungs[len(rungs) // 2 - 1 : -1][:1])
+    wanted = verdict_rungs(rungs)
     ranks = tuple(rung for rung in wanted if not any(np.isnan(kl[rungs.index(rung)]) for kl in read.kl.values()))
     columns = [rungs.index(rung) for rung in ranks]
     kl = {name: values[columns].tolist() for name, values in read.kl.items()}
-    over_fixed = _over_fixed(read, columns)
+    over_fixed = _over_fixed(read, columns, float(rung_rank[-1]))
     if not ranks:
         none = (0.0, 0.0)
         reason = "no policy's curve reaches a fixed rung"
@@ -176,13 +185,21 @@ def judge(
     )
 
 
+def verdict_rungs(rungs: Sequence[Rung]) -> list[Rung]:
+    """The rungs that a verdict is read at: the nearest to each of `VERDICT_SHARES`, of two as near the lower one."""
+    top = rungs[-1]
+    among = [rung for rung in rungs[:-1] if rung < BELOW * top] or list(rungs[:-1])
+    nearest = [min(among, key=lambda rung: abs(rung - share * top)) for share in VERDICT_SHARES]
+    return sorted(set(nearest))
+
+
 def _gain_and_headroom(kl: dict[str, np.ndarray], columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Means over `columns` of KL [..., K]."""
     fixed, learned, oracle = (kl[name][..., columns] for name in ("fixed", "learned", "oracle"))
     return (fixed - learned).mean(-1), (fixed - np.minimum(oracle, fixed)).mean(-1)
 
 
-def _over_fixed(read: EqualRank, columns: Sequence[int]) -> OverFixed:
+def _over_fixed(read: EqualRank, columns: Sequence[int], top: float) -> OverFixed:
     def ratio(name: str, where: Sequence[int]) -> Ratio | None:
         values = (kl[..., where].mean(-1) for found in (read.kl, read.drawn) for kl in (found[name], found["fixed"]))
         part, whole, drawn_part, drawn_whole = values
@@ -191,6 +208,7 @@ def _over_fixed(read: EqualRank, columns: Sequence[int]) -> OverFixed:
     return OverFixed(
         compared={name: ratio(name, columns) if columns else None for name in read.kl},
         ranks=tuple(read.ranks.tolist()),
+        shares=tuple((read.ranks / top).tolist()),
         kl={name: [None if np.isnan(value) else value for value in kl.tolist()] for name, kl in read.kl.items()},
         ratios={name: [ratio(name, [index]) for index in range(len(read.ranks))] for name in read.kl},
     )

@@ -28,9 +28,14 @@ def calibrated_settings(settings: Settings, paths: Sequence[Trajectory]) -> Sett
     return replace(settings, chunk=chunk, kv=replace(settings.kv, threshold=half))
 
 
+BLUR = 0.1
+"""A best scale is known to this share of the grid's step, by the parabola: KL is not quite one so far from 1."""
+
+
 def best_scales(damage: Tensor, tokens: Tensor, grid: Sequence[float]) -> Tensor:
     """[J] the scale of least mean damage at every rung, within the measured grid; 1 at the top.
 
+    Nearer to 1 than it is known, it is 1: a rung that is nearly exact would lose more by an error than it has to lose.
     damage [N, J, G], tokens [N].
     """
     mean = (damage * tokens[:, None, None]).sum(0, keepdim=True) / tokens.sum()
@@ -39,6 +44,8 @@ def best_scales(damage: Tensor, tokens: Tensor, grid: Sequence[float]) -> Tensor
     rungs = mean.shape[1]
     curve = torch.stack([interpolate_scale(mean, s.expand(1, rungs), measured)[0] for s in candidates])
     scales = candidates[curve.argmin(0)]
+    step = (max(grid) - min(grid)) / max(1, len(grid) - 1)
+    scales[(scales - 1).abs() < BLUR * step] = 1.0
     scales[-1] = 1.0
     return scales
 

@@ -1,8 +1,8 @@
 """What a rung costs in quality: KL of every rung and scale against the full rank, token by token.
 
-Two measurements per document, each one pass over real text on the real model:
+Two measurements per document, each over real text on the real model:
 
-    damage_table   every rung and scale as a row of one batch, uniform over the document      [T, J, G]
+    damage_table   every rung at every scale, uniform over the document                       [T, J, G]
     trajectory     the run under some policy: where chunks opened and what the policy saw     [C], [C, 18]
 
 plus, on a random sample of chunks, `later_damage`: one chunk at a rung, everything else at full rank, and the KL of the
@@ -13,7 +13,7 @@ Shape legend: T tokens of a document, C its chunks, J rungs, G scales, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,14 @@ from policy.contract import Summary
 from policy.operating import Operating
 from runtime.reference.adaptive import AdaptiveRun
 
-from ..documents import Batch, Example, positions_within
+from ..documents import Batch, Example, make_batch, positions_within
 
 LOGITS_BYTES = 2**29
-"""Float32 logits of one slice of a damage table's rungs and scales take no more, unless one row alone does."""
+"""Float32 logits of one pass of a damage table take no more, unless one row alone does."""
+ROWS = 24
+"""Rows of one pass of a damage table, at most, unless a rung has more scales."""
+MOST_PADDING = 0.05
+"""Documents share such a pass while padding costs no more than this of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,31 +76,89 @@ def rows_kl(exact: Exact, logits: Tensor) -> Tensor:
 def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) -> list[Tensor]:
     """[T, J, G] float32 KL at every token of each document, from runs uniform at every rung and scale [J, G].
 
-    Rungs and scales are rows of one batch, or of as many as `LOGITS_BYTES` asks for.
+    One rung after the other, for a pass reads the directions of all rungs that are active in it, and has to decode
+    those that the pass before did not read: the rows of a pass are the scales of one rung, of several documents of
+    like length where there is room for their logits.
     """
     rungs, grid = scales.shape
-    # The top rung is exact: its KL is 0 at scale 1, so it runs once, as the reference in row 0.
-    weights = torch.zeros(1 + (rungs - 1) * grid, rungs)
-    weights[0, -1] = 1.0
-    weights[1:, :-1] = (torch.eye(rungs - 1)[:, None] * scales[:-1, :, None]).flatten(0, 1)
-    weights = weights.to(run.model.device)
-    tables = []
-    for example in examples:
-        tokens = torch.tensor(example["input_ids"], device=run.model.device)
-        length = len(tokens)
-        rows = max(1, positions_within(run.model, LOGITS_BYTES) // length)
-        exact: Exact | None = None
-        kls: list[Tensor] = []
-        for part in weights.split(rows):
-            ids = tokens.expand(len(part), -1)
-            logits = run.gated(ids, torch.ones_like(ids, dtype=torch.bool), part[:, None])
-            if exact is None:
-                exact, logits = Exact.of(logits[0]), logits[1:]
-            kls.append(rows_kl(exact, logits))
-        table = torch.zeros(length, rungs, grid)
-        table[:, :-1] = torch.cat(kls).cpu().view(rungs - 1, grid, length).permute(2, 0, 1)
-        tables.append(table)
+    tables = [torch.zeros(len(example["input_ids"]), rungs, grid) for example in examples]
+    positions = positions_within(run.model, LOGITS_BYTES)
+    groups = _alike([len(own) for own in tables], ROWS // grid, positions // grid)
+    for portion in _portions(groups, [len(own) for own in tables], positions // 2):
+        together = [_Group.of(run, index, [examples[document] for document in index]) for index in portion]
+        for rung in range(rungs - 1):
+            for group in together:
+                rows = max(1, positions // group.batch.tokens.numel())
+                for part in scales[rung].split(rows):
+                    group.measure(run, part, rung)
+        for group in together:
+            # One wait for the device, for all of a group.
+            for document, kl in zip(group.index, torch.cat(group.kls, 1).cpu(), strict=True):
+                own = kl[:, : len(tables[document])]
+                tables[document][:, :-1] = own.view(rungs - 1, grid, -1).permute(2, 0, 1)
     return tables
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Documents of like length while they are measured."""
+
+    index: list[int]
+    batch: Batch
+    exact: list[Exact]
+    """Of each document: the top rung, which is exact, runs once, as the reference of all others."""
+    kls: list[Tensor]
+    """[D, S, T] of what is measured so far"""
+
+    @classmethod
+    def of(cls, run: AdaptiveRun, index: list[int], examples: Sequence[Example]) -> _Group:
+        batch = make_batch(examples).to(run.model.device)
+        one = torch.ones(1, device=run.model.device)
+        top = len(run.plan.ladder.rungs) - 1
+        return cls(index, batch, [Exact.of(own) for own in _uniform(run, batch, one, top)], [])
+
+    def measure(self, run: AdaptiveRun, scales: Tensor, rung: int) -> None:
+        """Every document at each of scales [S] of one rung."""
+        rows = _uniform(run, self.batch, scales, rung).split(len(scales))
+        self.kls.append(torch.stack([rows_kl(*pair) for pair in zip(self.exact, rows, strict=True)]))
+
+
+def _uniform(run: AdaptiveRun, batch: Batch, scales: Tensor, rung: int) -> Tensor:
+    """Logits [D * S, T, V] of every document of a batch at each of scales [S] of one rung, document after document."""
+    count = len(scales)
+    weights = torch.zeros(count, 1, len(run.plan.ladder.rungs), device=run.model.device)
+    weights[:, 0, rung] = scales.to(weights)
+    tokens, real = (x.repeat_interleave(count, 0) for x in (batch.tokens, batch.real))
+    return run.gated(tokens, real, weights.repeat(len(batch.tokens), 1, 1))
+
+
+def _alike(lengths: Sequence[int], most: int, positions: int) -> Iterator[list[int]]:
+    """Documents of these lengths in groups of like length: of several `most`, and at most `positions` with padding."""
+    group: list[int] = []
+    for document in sorted(range(len(lengths)), key=lambda document: lengths[document]):
+        longest = lengths[document]
+        padded, real = (len(group) + 1) * longest, sum(lengths[own] for own in group) + longest
+        if group and (len(group) >= most or padded > positions or padded - real > MOST_PADDING * real):
+            yield group
+            group = []
+        group.append(document)
+    if group:
+        yield group
+
+
+def _portions(groups: Iterable[list[int]], lengths: Sequence[int], positions: int) -> Iterator[list[list[int]]]:
+    """Groups whose exact distributions are held at the same time: of several at most `positions`, with padding."""
+    portion: list[list[int]] = []
+    held = 0
+    for group in groups:
+        size = len(group) * max(lengths[document] for document in group)
+        if portion and held + size > positions:
+            yield portion
+            portion, held = [], 0
+        portion.append(group)
+        held += size
+    if portion:
+        yield portion
 
 
 @dataclass(frozen=True)
