@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.learned import LearnedPolicy
-from policy.limits import Limit, Number, Several, Whole, check_fields, limited, refused
+from policy.limits import Limit, Maybe, Number, Several, Whole, check_fields, limited, refused
 
 # Upper ends are far beyond use: they catch a slip before it takes days or all memory.
 COUNT = Whole(1, 2**31 - 1)
 """As many as there are, where an amount is cut by the data anyway."""
 SCALES = Several(Number(0, 2, above=True, below=True), 1, 32, distinct=True)
+AROUND_ONE = (0.8, 1.0, 1.2)
+"""Scales to measure a rung at that is truncated and nothing else."""
 
 
 def _amount(default: Any, limit: Limit) -> Any:
@@ -30,9 +32,10 @@ class Amounts:
     min_completion_tokens: int = _amount(32, COUNT)
     """Shorter documents are left out: they end before a rung can change."""
     shard_documents: int = _amount(4, COUNT)
-    """Documents per resumable shard of targets, each at every rung and scale."""
-    scales: tuple[float, ...] = _amount((0.8, 1.0, 1.2), SCALES)
-    """Scale grid on which targets of truncated rungs are measured; the policy interpolates in it."""
+    """Documents per resumable shard of targets, each at every rung and three scales; thrice as many at one."""
+    scales: tuple[float, ...] | None = _amount(None, Maybe(SCALES))
+    """Scale grid on which targets of truncated rungs are measured and in which the policy interpolates; default 0.8, 1,
+    1.2, or 1 alone where the ladder's rungs have scales of their own."""
     later_chunks: int = _amount(24, COUNT)
     """Random chunks on which damage to later tokens, through the cache, is measured."""
     later_tokens: int = _amount(64, COUNT)
@@ -52,6 +55,8 @@ class Amounts:
         if self.max_tokens <= self.min_completion_tokens:
             least = f"more than min_completion_tokens {self.min_completion_tokens}"
             raise refused("amounts.max_tokens", least, self.max_tokens, "raise it")
+        if self.scales is None:
+            return
         # The policy's own range of scales is symmetric; targets must cover all of it.
         mirrored = all(abs(a + b - 2.0) < 1e-6 for a, b in zip(self.scales, reversed(self.scales), strict=True))
         if not mirrored or 1.0 not in self.scales:

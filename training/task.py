@@ -24,7 +24,7 @@ from runtime.ladder import Adapter, Ladder
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import AdaptiveRun, activate
 
-from .amounts import Amounts
+from .amounts import AROUND_ONE, Amounts
 from .documents import Corpus, Example
 from .targets.collect import collect_shards
 from .targets.damage import Trajectory
@@ -125,6 +125,18 @@ class FitContext:
         ladder = task.ladder
         prints = {"model": self.model_fingerprint, "adapter": ladder.adapter, "ladder": ladder.fingerprint}
         return {**prints, "dtype": str(self.model.dtype), "rungs": list(ladder.rungs), "kind": ladder.kind}
+
+
+def scale_grid(amounts: Amounts, tasks: Sequence[AdapterTask]) -> tuple[float, ...]:
+    """The scales that every rung is measured at, and among which a policy may choose.
+
+    Rungs that were calibrated when the ladder was built are best as they are, on every chunk: a policy that may scale
+    them as well does worse on other text.
+    """
+    if amounts.scales is not None:
+        return amounts.scales
+    calibrated = all(any(scale != 1 for scale in task.ladder.scales) for task in tasks)
+    return (1.0,) if calibrated else AROUND_ONE
 
 
 def ladder_folder(root: Path, number: int, tasks: int) -> Path:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from policy import SIGNALS, Summary
 from policy.rungs import rungs_of_rank
-from training.amounts import Amounts
+from training.amounts import AROUND_ONE
 from training.targets.samples import Samples
 
-SCALES = Amounts().scales
+SCALES = AROUND_ONE
 BEST_SCALE = 1.05
 RUNGS = rungs_of_rank(64)
 RANKS = torch.tensor(RUNGS, dtype=torch.float32)

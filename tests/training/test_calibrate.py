@@ -60,6 +60,15 @@ def test_every_rung_gets_the_scale_of_least_mean_damage_and_the_top_keeps_one():
     assert best_scales(damage, torch.tensor([2.0, 9.0]), (1.0, 1.2)).tolist() == pytest.approx([1.2, 1.0])
 
 
+@pytest.mark.parametrize(("least", "expected"), [(1.01, 1.0), (0.985, 1.0), (1.03, 1.03), (0.95, 0.95)])
+def test_a_scale_nearer_to_one_than_it_is_known_is_one(least, expected):
+    """To a tenth of the step of 0.2: nearly exact rungs have a KL that the parabola's own error is larger than."""
+    damage = ((torch.tensor(SCALES) - least) ** 2).expand(5, 2, len(SCALES)).clone()
+    damage[:, 1] = 0
+    assert best_scales(damage, torch.ones(5), SCALES).tolist() == pytest.approx([expected, 1.0], abs=2e-3)
+    assert best_scales(damage[..., 1:2], torch.ones(5), (1.0,)).tolist() == [1.0, 1.0], "nothing to choose from"
+
+
 def test_lambda_reaches_from_the_top_rung_to_the_lowest_for_the_average_chunk():
     samples = chunk_samples(lambda entropy, attention: entropy, 200, seed=1)
     low, high = lambda_range(samples.damage[..., 0], samples.tokens, COST)

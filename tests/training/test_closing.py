@@ -25,7 +25,8 @@ def test_the_command_that_a_fit_prints_last_serves_its_policy(case, tmp_path, ca
     given = shlex.split(command)
     flags = dict(zip(given[3::2], given[4::2], strict=True))
     assert flags == {
-        "--model": str(model), "--adapter": str(case.adapter), "--policy": str(output / "policy"), "--dtype": "float32",
+        "--model": str(model), "--adapter": str(output / "ladder"), "--policy": str(output / "policy"),
+        "--dtype": "float32",
         "--prompt": "Your prompt",
     }  # fmt: skip
     done = subprocess.run(f"{command} --max-new-tokens 3 --json", shell=True, cwd=ROOT, capture_output=True, text=True)

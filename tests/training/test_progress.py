@@ -46,9 +46,10 @@ def test_every_stage_of_a_fit_has_a_bar(bars):
     movers = [f"{name} on {part}" for name in ("percentile", "learned", "random") for part in ("validation", "test")]
     # The oracle runs again where the first run missed its mean rank.
     assert [name for name, _ in itertools.groupby(bar.name for bar in bars)] == [
-        "latency of every rung", "tables", "trajectory-uncalibrated", "trajectory-full", "later damage",
-        "training round 0", "trajectory-own-1", "training round 1", "percentile signals", "fixed on test", *movers,
-        "learned, capped, on test", "tables-test", "trajectory-test", "oracle on test", "resampled documents",
+        "effects", "scales", "latency of every rung", "tables", "trajectory-uncalibrated", "trajectory-full",
+        "later damage", "training round 0", "trajectory-own-1", "training round 1", "percentile signals", "fixed on test", *movers,
+        "learned, capped, on test", "tables-test", "trajectory-test", "oracle on test", "svd on test",
+        "resampled documents",
     ]  # fmt: skip
 
 
@@ -59,8 +60,8 @@ def test_every_bar_moves_to_its_end(bars):
         most = 24 if bar.name.endswith(" on test") or bar.name.endswith(" on validation") else 1
         assert 0 < min(bar.steps) <= max(bar.steps) <= most, bar.name
     totals = {bar.name: bar.total for bar in bars}
-    # 12 labelled documents, one a shard; 3 epochs of one batch; 6 documents at 3 rungs below the top; 20 resamples.
-    expected = {"tables": 12, "training round 0": 3, "training round 1": 3, "fixed on test": 18, "random on test": 18}
+    # 12 labelled documents, one a shard; 3 epochs of one batch; 6 documents at 8 rungs below the top; 20 resamples.
+    expected = {"tables": 12, "training round 0": 3, "training round 1": 3, "fixed on test": 48, "random on test": 48}
     assert {name: totals[name] for name in expected} == expected
     assert (totals["percentile signals"], totals["resampled documents"]) == (10, 20)
 

@@ -32,6 +32,7 @@ from training.learn.calibrate import best_scales, calibrate_knob
 from training.targets import paths as first_stage
 from training.targets import samples as chunks_of
 from training.targets.samples import Samples, document_samples
+from training.task import scale_grid
 
 AMOUNTS = Amounts(
     train_documents=6, validation_documents=4, test_documents=5, max_tokens=64, min_completion_tokens=16,
@@ -237,7 +238,7 @@ def test_settings_and_scales_are_set_from_train_documents_alone(wired):
     count = len(train_documents)
     own = tape.paths["trajectory-full"][:count], tape.tables["tables"][:count]
     samples = Samples.concatenate(document_samples(train_documents, *own, calibrated.later))
-    assert torch.equal(calibrated.scales, moved(best_scales(samples.damage, samples.tokens, AMOUNTS.scales)))
+    assert torch.equal(calibrated.scales, moved(best_scales(samples.damage, samples.tokens, (1.0,))))
 
 
 def test_the_first_round_trains_on_train_documents_and_validates_on_validation(wired):
@@ -282,7 +283,7 @@ def test_the_policy_starts_with_the_normalisers_of_its_training_samples(wired):
     spread = samples.features.std(0, correction=0)
     moving = spread > 1e-2
     torch.testing.assert_close(state["feature_std"][moving], spread[moving])
-    falling = samples.damage[..., AMOUNTS.scales.index(1.0)].double().mean(0)
+    falling = samples.damage[..., scale_grid(AMOUNTS, [tape.task]).index(1.0)].double().mean(0)
     units = (falling[:-1] - falling[1:]).clamp(min=1e-6).float()
     torch.testing.assert_close(state["damage_unit"], units, rtol=1e-4, atol=1e-6)
 
@@ -434,6 +435,27 @@ def test_percentile_has_the_quantiles_of_train_documents_and_the_best_scales(wir
         quantiles = np.quantile(value[known].double().numpy(), np.linspace(0, 1, len(policy.grid)))
         assert policy.grid.tolist() == pytest.approx(quantiles.tolist(), abs=1e-6)
         assert torch.equal(policy.scales, calibrated.scales)
+
+
+def test_the_percentile_baseline_is_the_candidate_that_loses_least_for_its_bytes(wired):
+    """Over what uniform runs of validation documents lose at as many bytes, by log KL between the rungs."""
+    tape, _, _ = wired
+    count, validation = len(tape.task.corpus.train), tape.task.corpus.validation
+    ranks, total, tokens = tape.task.ladder.mean_rank().double().numpy(), 0.0, 0
+    for example, table in zip(validation, tape.tables["tables"][count:], strict=True):
+        for position in range(len(example["input_ids"]) - 1):
+            if position + 1 >= example["prompt_tokens"]:
+                total, tokens = total + table[position].double(), tokens + 1
+    kl = (total / tokens).amin(1).clamp(min=1e-9).numpy()
+    assert pipeline.validation_kl([tape.task]) == pytest.approx((total / tokens).amin(1).numpy())
+    over = {}
+    for entry in (e for e in tape.measured if e["stage"] == "choosing percentile"):
+        scores = entry["scores"]
+        uniform = math.exp(np.interp(scores.mean(ranks), ranks, np.log(kl)))
+        over[entry["policy"]] = scores.value("kl") / uniform
+    assert len(over) == 10
+    (chosen,) = {entry["policy"] for entry in tape.measured if entry["stage"] == "percentile"}
+    assert min(over, key=over.get) is chosen
 
 
 def test_random_has_the_best_scale_of_every_rung(wired):

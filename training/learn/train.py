@@ -24,7 +24,7 @@ from ..progress import BatchBar
 from ..targets.damage import Trajectory
 from ..targets.paths import Calibrated, collect_paths
 from ..targets.samples import Samples, document_samples
-from ..task import AdapterTask, FitContext, common_rungs, task_cost, task_rank
+from ..task import AdapterTask, FitContext, common_rungs, scale_grid, task_cost, task_rank
 from .calibrate import lambda_range
 from .checkpoint_io import SafetensorsCheckpointIO, latest
 from .module import PolicyFit, loader
@@ -60,15 +60,15 @@ def split_samples(
 
 def new_policy(context: FitContext, tasks: Sequence[AdapterTask], samples: Samples) -> LearnedPolicy:
     """An untrained policy whose normalisers and range of lambda are those of the training samples."""
-    amounts, cost = context.amounts, task_cost(tasks)
+    amounts, cost, scales = context.amounts, task_cost(tasks), scale_grid(context.amounts, tasks)
     reach = lambda_range(samples.damage.amin(2), samples.tokens, cost)
-    widest = max(abs(scale - 1.0) for scale in amounts.scales)
+    widest = max(abs(scale - 1.0) for scale in scales)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         policy = LearnedPolicy(
             common_rungs(tasks), hidden=amounts.hidden, scale_range=widest, log_lambda_range=reach, cost=cost
         )
-    policy.calibrate(samples.features, samples.damage[..., amounts.scales.index(1.0)])
+    policy.calibrate(samples.features, samples.damage[..., scales.index(1.0)])
     return policy
 
 
@@ -112,7 +112,7 @@ def train_round(
     """Train `policy` in place on `samples`; resumes the same round where it was killed."""
     amounts = context.amounts
     module = PolicyFit(
-        policy.train(), amounts.scales, task_rank(tasks), torch.tensor(latency.ms),
+        policy.train(), scale_grid(amounts, tasks), task_rank(tasks), torch.tensor(latency.ms),
         learning_rate=amounts.learning_rate, seed=context.seed * 101 + number,
     )  # fmt: skip
     contents = {**policy.state_dict(), "samples.features": samples.features, "samples.damage": samples.damage}

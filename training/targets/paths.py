@@ -15,9 +15,10 @@ from runtime.control.record import Keep
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 
+from ..amounts import AROUND_ONE
 from ..documents import Example, make_batch
 from ..learn.calibrate import best_scales, calibrated_settings
-from ..task import AdapterTask, FitContext, Targets, common_rungs, full_rank_plan
+from ..task import AdapterTask, FitContext, Targets, common_rungs, full_rank_plan, scale_grid
 from .damage import Trajectory, damage_table, trajectories
 from .samples import LaterDamage, Samples, document_samples, measure_later_damage
 
@@ -55,7 +56,8 @@ def collect_targets(
     Settings, scales and later damage are set from train documents alone.
     """
     common_rungs(tasks)
-    grids = [torch.tensor(context.amounts.scales).expand(len(task.ladder.rungs), -1) for task in tasks]
+    scales = scale_grid(context.amounts, tasks)
+    grids = [torch.tensor(scales).expand(len(task.ladder.rungs), -1) for task in tasks]
     tables = [
         collect_tables(context, task, "tables", task.labelled, grid) for task, grid in zip(tasks, grids, strict=True)
     ]
@@ -66,8 +68,7 @@ def collect_targets(
     with_targets = [replace(task, targets=own) for task, own in zip(tasks, targets, strict=True)]
     later = _later_damage(context, with_targets)
     training = Samples.concatenate([part for task in with_targets for part in _train_samples(task, later)])
-    scales = best_scales(training.damage, training.tokens, context.amounts.scales)
-    return with_targets, Calibrated(settings, scales, later)
+    return with_targets, Calibrated(settings, best_scales(training.damage, training.tokens, scales), later)
 
 
 def _train_samples(task: AdapterTask, later: LaterDamage) -> list[Samples]:
@@ -96,8 +97,8 @@ def collect_tables(
         with context.full_rank(task) as run:
             return {"table": damage_table(run, group, grid)}
 
-    # A shard holds a row per rung and scale: as many documents as keep it at the same size.
-    per_shard = context.amounts.shard_documents * len(context.amounts.scales) // grid.shape[1]
+    # A shard is a row per rung and scale: of fewer scales it has more documents.
+    per_shard = max(1, context.amounts.shard_documents * len(AROUND_ONE) // grid.shape[1])
     return context.collect(task, name, examples, per_shard, {"scales": grid.tolist()}, tables)["table"]
 
 
