@@ -47,7 +47,8 @@ def test_every_stage_of_a_fit_has_a_bar(bars):
     # The oracle runs again where the first run missed its mean rank.
     assert [name for name, _ in itertools.groupby(bar.name for bar in bars)] == [
         "effects", "scales", "latency of every rung", "tables", "trajectory-uncalibrated", "trajectory-full",
-        "later damage", "training round 0", "trajectory-own-1", "training round 1", "percentile signals", "fixed on test", *movers,
+        "later damage", "training round 0", "trajectory-own-1", "training round 1", "percentile signals",
+        "fixed on test", *movers,
         "learned, capped, on test", "tables-test", "trajectory-test", "oracle on test", "svd on test",
         "resampled documents",
     ]  # fmt: skip
