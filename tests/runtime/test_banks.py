@@ -204,12 +204,19 @@ def test_the_fingerprint_of_svd_is_over_its_table_and_its_adapter_alone(adapter)
     assert replace(ladder, scales=(1.0, 1.1, 1.0, 1.0)).fingerprint != expected
 
 
+def rescaled(bank):
+    """The bank with the scales of one factor at another length, its codes as they were."""
+    own = bank["deep"].a
+    return {**bank, "deep": replace(bank["deep"], a=replace(own, scales=tuple(2 * s for s in own.scales)))}
+
+
 CHANGES = {
     "kind": lambda own: {"kind": "distilled"},
     "rungs": lambda own: {"rungs": (0.5, 1, 2.5, 4, 12)},
     "edges": lambda own: {"edges": torch.cat([0 * own.edges[:1], own.edges[1:]])},
     "scales": lambda own: {"scales": (1.5, *own.scales[1:])},
     "adapter": lambda own: {"adapter": "another"},
+    "the scales of a factor": lambda own: {"banks": (rescaled(own.banks[0]), own.banks[1])},
     "what is written": lambda own: {
         "banks": ({n: Directions(d.b, d.b) if n == "deep" else d for n, d in own.banks[0].items()}, own.banks[1])
     },
@@ -222,6 +229,13 @@ def test_the_fingerprint_of_a_coded_ladder_is_over_all_that_makes_its_numbers(ch
     assert coded_ladder(adapter).fingerprint == ladder.fingerprint
     assert replace(ladder, **change(ladder)).fingerprint != ladder.fingerprint
     assert replace(ladder, quality=(), base_model="another").fingerprint == ladder.fingerprint
+
+
+def test_the_fingerprint_of_a_ranked_ladder_is_over_its_16_bit_directions(adapter):
+    ladder = replace(build_ladder(adapter, (2, 5)), kind="ranked")
+    own = ladder.banks[0]["deep"]
+    other = {**ladder.banks[0], "deep": replace(own, a=wide_rows(-own.a.wide))}
+    assert replace(ladder, banks=(other, ladder.banks[1])).fingerprint != ladder.fingerprint
 
 
 def test_a_whole_rung_has_one_name(adapter):

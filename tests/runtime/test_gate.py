@@ -231,11 +231,23 @@ def test_a_layer_of_another_dtype_is_updated_in_its_own(inner, ladder):
         assert ((found.double() - expected).abs() <= roundings * torch.finfo(inner).eps / 2 * most).all()
 
 
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 def decoded_bytes(linear):
-    """What an adapted linear holds beside the stored directions."""
-    stored = {part.untyped_storage().data_ptr() for own in linear.directions.values() for half in (own.a, own.b)
-              for part in half.parts().values()}  # fmt: skip
-    return sum(x.nbytes for x in linear.decoded or () if x.untyped_storage().data_ptr() not in stored)
+    """Memory that an adapted linear holds beside the stored directions, whole storages counted."""
+    stored = {
+        part.untyped_storage().data_ptr()
+        for own in linear.directions.values()
+        for half in (own.a, own.b)
+        for part in half.parts().values()
+    }
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_in(vars(linear))}
+    return sum(size for pointer, size in held.items() if pointer not in stored)
 
 
 @given(ladders(), st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=5))
@@ -256,6 +268,20 @@ def test_what_is_decoded_is_no_more_than_the_active_rungs_read(ladder, passes):
             exact = max(active) == len(ladder.rungs) - 1
             # of every bank at most its directions at each of the formats in which two active rungs read them
             assert rows <= RANK * (exact + 3 * len({ladder.bank_of[j] for j in active}))
+
+
+def test_a_range_of_a_bank_is_decoded_without_the_rest_of_it(llama_adapter):
+    """Two directions of eight at 2 bits, and nothing of the others, not even behind a view."""
+    ladder = handmade_ladder(load_adapter(llama_adapter))
+    gate, name = Gate(ladder, CPU), list(ladder.modules)[1]
+    linear = AdaptedLinear(
+        lambda x: torch.zeros(*x.shape[:-1], ladder.modules[name].b.width), gate, gate.column[name],
+        {number: bank[name] for number, bank in enumerate(ladder.banks)},
+    )  # fmt: skip
+    gate.set(torch.eye(6)[1].view(1, 1, 6), [1])
+    linear(torch.randn(1, 1, ladder.modules[name].a.width))
+    assert [(r.bits, len(r)) for r in gate.read(gate.column[name], torch.empty(0))[0]] == [(2, 2)]
+    assert decoded_bytes(linear) == 4 * 2 * (ladder.modules[name].a.width + ladder.modules[name].b.width)
 
 
 def test_passes_that_read_the_same_decode_once(llama_adapter):

@@ -61,8 +61,9 @@ def test_every_bar_moves_to_its_end(bars):
         most = 24 if bar.name.endswith(" on test") or bar.name.endswith(" on validation") else 1
         assert 0 < min(bar.steps) <= max(bar.steps) <= most, bar.name
     totals = {bar.name: bar.total for bar in bars}
-    # 12 labelled documents, one a shard; 3 epochs of one batch; 6 documents at 8 rungs below the top; 20 resamples.
-    expected = {"tables": 12, "training round 0": 3, "training round 1": 3, "fixed on test": 48, "random on test": 48}
+    # 12 labelled documents, three a shard, for a shard of one document at three scales is one of three at the ladder's
+    # own; 3 epochs of one batch; 6 documents at 8 rungs below the top; 20 resamples.
+    expected = {"tables": 4, "training round 0": 3, "training round 1": 3, "fixed on test": 48, "random on test": 48}
     assert {name: totals[name] for name in expected} == expected
     assert (totals["percentile signals"], totals["resampled documents"]) == (10, 20)
 
