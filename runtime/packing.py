@@ -6,6 +6,8 @@ interleaved on the way back, and any length works, the last part being filled up
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,13 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, length: int, dim: int = -1) -> Tensor:
     """The inverse of `pack`: uint8 codes, `length` of them along `dim`; no more than there are."""
-    mask = 2**bits - 1
-    codes = torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], dim)
-    return codes.narrow(dim, 0, length)
+    dim %= packed.dim()
+    shifts = _shifts(bits, packed.device).view(-1, *[1] * (packed.dim() - dim))
+    codes = (packed.unsqueeze(dim) >> shifts).bitwise_and_(2**bits - 1)
+    return codes.flatten(dim, dim + 1).narrow(dim, 0, length)
+
+
+@lru_cache(maxsize=16)
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Of every part of a byte; made on the device, which nothing has to wait for."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

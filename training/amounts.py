@@ -26,7 +26,7 @@ class Amounts:
 
     train_documents: int = _amount(64, COUNT)
     validation_documents: int = _amount(24, COUNT)
-    test_documents: int = _amount(40, COUNT)
+    test_documents: int = _amount(32, COUNT)
     max_tokens: int = _amount(160, COUNT)
     """Documents are cut to this many tokens, prompt included."""
     min_completion_tokens: int = _amount(32, COUNT)

@@ -173,6 +173,8 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device; nothing is copied that is there already."""
+        if all(part.device == device for part in self.parts().values()):
+            return self
         return Rows.of(self.width, {name: part.to(device) for name, part in self.parts().items()})
 
     def read(self, start: int, stop: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -193,7 +195,7 @@ class Rows:
         last = CODED.index(bits)
         codes = self._codes(start, stop, last)
         # Signs lead: the codes of a format are all numbers of its bits.
-        values = _levels_on(bits, codes.device)[codes.long()]
+        values = _levels_on(bits, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
         return values.mul_(self.scales[last][start:stop, None]).to(dtype)
 
     def _codes(self, start: int, stop: int, last: int) -> Tensor:

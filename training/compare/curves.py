@@ -25,7 +25,7 @@ from policy.settings import Settings
 from ..learn.calibrate import calibrate_knob, knob_grid
 from .scorer import Scores
 
-KNOB_POINTS = 6
+KNOB_POINTS = 5
 
 
 class Bench(Protocol):

@@ -162,7 +162,7 @@ class Scorer:
         ladder: Ladder,
         examples: Sequence[Example],
         measures: Sequence[str] = tuple(MEASURES),
-        rows: int = 24,
+        rows: int = 48,
     ) -> None:
         self.model, self.ladder, self.examples, self.rows = model, ladder, examples, rows
         self.measures = {name: MEASURES[name] for name in measures}
