@@ -1,4 +1,4 @@
-"""One fit at a time writes to an output folder."""
+"""One run at a time writes to an output folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCK = ".fit.lock"
 
 @contextmanager
 def locked(folder: Path, say: Say) -> Iterator[None]:
-    """Hold `folder` against other fits; of several processes of one fit, the first one holds it for all.
+    """Hold `folder` against other runs; of several processes of one, the first one holds it for all.
 
     The system lets go of it when the process ends, however it ends. Nothing stays behind but what the body wrote: the
     lock file goes, and the folders that were made for it where they stayed empty. Raises ValueError at once when
@@ -44,12 +44,12 @@ def _held(lock: FileLock, folder: Path, say: Say) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"output: expected a folder that no other fit is writing to, got {folder}; wait for it or choose another"
+            f"output: expected a folder that no other run is writing to, got {folder}; wait for it or choose another"
         ) from None
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-        say(f"the file system of {folder} knows no locks: see that no other fit writes to it")
+        say(f"the file system of {folder} knows no locks: see that no other run writes to it")
         yield
         return
     try:

@@ -40,7 +40,7 @@ def test_a_second_fit_into_a_folder_is_refused_before_the_model_is_loaded(holder
         main(case.arguments(output, model="/nowhere/model"))
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        f"error: output: expected a folder that no other fit is writing to, got {output}; wait for it or choose "
+        f"error: output: expected a folder that no other run is writing to, got {output}; wait for it or choose "
         "another\n"
     )
     assert holder.poll() is None
@@ -85,7 +85,7 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_fit(tmp_path, m
     said = []
     with locked(tmp_path / "out", said.append):
         (tmp_path / "out" / "written").touch()
-    assert said == [f"the file system of {tmp_path / 'out'} knows no locks: see that no other fit writes to it"]
+    assert said == [f"the file system of {tmp_path / 'out'} knows no locks: see that no other run writes to it"]
     assert (tmp_path / "out" / "written").exists()
 
 

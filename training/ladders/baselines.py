@@ -86,6 +86,8 @@ def converted(model: nn.Module, adapter_folder: str | Path, rank: int, *, peft: 
     with warnings.catch_warnings():
         # It is meant for other kinds of adapter, and says so; truncating a LoRA is what is wanted here.
         warnings.filterwarnings("ignore", message="Converting a PEFT adapter to LoRA that is already")
+        # PEFT reads a property of the model that transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         wrapped = peft.PeftModel.from_pretrained(_twin(model), adapter_folder)
         _, state = peft.convert_to_lora(wrapped, rank)
     names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
