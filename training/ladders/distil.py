@@ -3,8 +3,9 @@
 One set of factors is shared by all rungs that are trained; every step reads it at each of them, as it will be stored,
 and lets the gradient pass the rounding as if there were none (straight-through). The loss of a rung is its KL to the
 exact adapter on completion tokens over the KL that it had before, so a rung that loses little counts as much as one
-that loses much, and none is improved at another's expense. On validation documents each rung is then held against what
-it was: where training did not help, the rung stays as it was.
+that loses much, and none is improved at another's expense. Where completions are a few tokens behind long prompts,
+prompt tokens, on which the exact adapter changes the output as well, count beside them. On validation documents each
+rung is then held against what it was: where training did not help, the rung stays as it was.
 
 Only rungs up to an eighth of the adapter are trained. The factors that suit them do not have the adapter's product any
 more, so everything above keeps its own bank, whose 8-bit reading is the adapter.
@@ -42,6 +43,8 @@ from .updates import Pair, Update, frozen, low_rank, updated
 MakeTrainer = Callable[..., L.Trainer]
 TRAINED_SHARE = 1 / 8
 """Rungs up to this share of the adapter are trained."""
+SCORED_SHARE = 1 / 4
+"""Where fewer of a step's tokens are completion, prompt tokens beside them make up for it."""
 STEPS_PER_EPOCH = 50
 """An epoch is what lies between two checkpoints."""
 WARMUP = 0.05
@@ -98,6 +101,9 @@ class Stack(nn.Module):
 class Distillation(L.LightningModule):
     """Trains the factors of a bank. The model is no submodule: it is frozen, and Lightning may not move or save it."""
 
+    start_prompt_kl: Tensor
+    """[J] of the first step whose prompt tokens count; zeros before."""
+
     def __init__(
         self, model: PreTrainedModel, exact: Mapping[str, Pair], measured: Measured, edges: Tensor, kl: Sequence[float],
         scales: Sequence[float], documents: Sequence[Example], schedule: Schedule,
@@ -109,6 +115,7 @@ class Distillation(L.LightningModule):
         self.names = list(measured.pairs)
         self.rungs = len(edges)
         self.start_kl = torch.tensor(kl)
+        self.register_buffer("start_prompt_kl", torch.zeros(len(edges)))
         self.log_scales = nn.Parameter(torch.tensor(scales).log())
         self.stacks = nn.ModuleList()
         stacks: list[Stack] = []
@@ -134,21 +141,31 @@ class Distillation(L.LightningModule):
                 found[name][half] = own * scale if half else own
         return {name: (a, b) for name, (a, b) in found.items() if a is not None and b is not None}
 
-    def divergences(self, batch: Batch) -> Tensor:
-        """[J] mean KL of every rung to the exact adapter over the batch's completion tokens."""
+    def divergences(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """[J] mean KL of every rung to the exact adapter over the batch's completion tokens, and over the prompt tokens
+        that count beside them; None where none do."""
         model = self._model[0]
         tokens, real, scored = (x.to(model.device) for x in (batch.tokens, batch.real.long(), batch.scored))
+        beside = prompt_beside(batch).to(model.device)
         if self._teacher is None:
             self._teacher = low_rank(self._exact, model)
         with torch.no_grad(), updated(model, self._teacher):
-            reference = Exact.of(model(input_ids=tokens, attention_mask=real, use_cache=False).logits[scored])
+            logits = model(input_ids=tokens, attention_mask=real, use_cache=False).logits
+            references = [Exact.of(logits[where]) for where in (scored, beside)]
         updates = {name: _all_rungs(*pair, model.dtype) for name, pair in self.readings().items()}
         with updated(model, updates):
             logits = model(
                 input_ids=tokens.repeat(self.rungs, 1), attention_mask=real.repeat(self.rungs, 1), use_cache=False
             ).logits
         per_rung = logits.view(self.rungs, *tokens.shape, -1)
-        return torch.stack([token_kl(reference, own[scored].float().log_softmax(-1)).mean() for own in per_rung])
+        completion, prompt = (
+            torch.stack([token_kl(reference, own[where].float().log_softmax(-1)).mean() for own in per_rung])
+            if len(reference.p)
+            else None
+            for reference, where in zip(references, (scored, beside), strict=True)
+        )
+        assert completion is not None, "every document has a completion"
+        return completion, prompt
 
     def on_train_batch_start(self, batch: Any, index: int) -> int | None:
         """-1 ends an epoch: the last one has no more steps than are left."""
@@ -157,13 +174,17 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor:
         step = self._step(index)
         self._set_rate(step)
-        kl = self.divergences(make_batch(self.drawn(step)))
-        relative = kl / self.start_kl.to(kl)
+        kl, prompt = self.divergences(make_batch(self.drawn(step)))
+        loss = (kl / self.start_kl.to(kl)).mean()
         self.log_dict(
-            {"train/relative_kl": relative.mean().detach(), **{f"train/kl_{j}": k for j, k in enumerate(kl.detach())}},
+            {"train/relative_kl": loss.detach(), **{f"train/kl_{j}": k for j, k in enumerate(kl.detach())}},
             sync_dist=True,
         )
-        return relative.mean()
+        if prompt is None:
+            return loss
+        if not bool(self.start_prompt_kl.any()):
+            self.start_prompt_kl.copy_(prompt.detach())
+        return loss + (prompt / self.start_prompt_kl.clamp(min=1e-9)).mean()
 
     def _step(self, index: int) -> int:
         return self.current_epoch * STEPS_PER_EPOCH + index
@@ -202,6 +223,17 @@ class Distillation(L.LightningModule):
             for i, (name, half) in enumerate(members):
                 halves[name][half] = packed(*quantise(rows[i], stack.stretch[i].cpu()))
         return {name: Directions(a, b) for name, (a, b) in halves.items()}
+
+
+def prompt_beside(batch: Batch) -> Tensor:
+    """[B, T] bool: prompt tokens, evenly spread, as many as completion tokens lack to `SCORED_SHARE` of all tokens."""
+    scored = batch.scored.bool()
+    where = (batch.prompt() & ~scored).flatten().nonzero()[:, 0]
+    lacking = int(SCORED_SHARE * int(batch.real.sum())) - int(scored.sum())
+    count = max(0, min(lacking, len(where)))
+    chosen = torch.zeros(scored.numel(), dtype=torch.bool)
+    chosen[where[torch.arange(count) * len(where) // max(1, count)]] = True
+    return chosen.view_as(scored)
 
 
 def _reads(edges: Tensor, rows: int) -> Tensor:

@@ -69,7 +69,7 @@ def test_at_the_start_it_is_the_mixed_ladder(module, mixed):
 
 def test_divergences_are_what_measuring_the_stored_ladder_finds(module, mixed, tiny_llama, exact, split):
     served = stored(moved(module), mixed)
-    found = module.divergences(make_batch(split.train[:4])).detach()
+    found = module.divergences(make_batch(split.train[:4]))[0].detach()
     expected = measure(tiny_llama, exact, [stage._candidate(served, j) for j in LOW], split.train[:4])
     assert found.tolist() == pytest.approx([own.kl for own in expected], rel=1e-4)
     assert len(set(found.tolist())) == 3
@@ -86,19 +86,61 @@ def test_gradients_reach_the_factors_that_some_rung_reads_as_if_nothing_were_rou
 
 def test_the_models_loss_reaches_factors_and_scales_and_not_the_model(module, tiny_llama, split):
     with stage.frozen(tiny_llama):
-        module.divergences(make_batch(split.train[:2])).sum().backward()
+        module.divergences(make_batch(split.train[:2]))[0].sum().backward()
     assert all(float(own.moved.grad.abs().max()) > 0 for own in module.stacks)
     assert bool((module.log_scales.grad != 0).all())
     assert all(parameter.grad is None for parameter in tiny_llama.parameters())
     assert not any("model" in name for name in module.state_dict())
 
 
+def sparse(split, prompt=20):
+    """Documents of which two tokens are completion."""
+    return [{**own, "input_ids": own["input_ids"][: prompt + 2], "prompt_tokens": prompt} for own in split.train]
+
+
+def test_prompt_tokens_make_up_for_missing_completion(split):
+    documents = sparse(split, 18)[:3]
+    batch = make_batch(documents)
+    beside = stage.prompt_beside(batch)
+    assert int(batch.scored.sum()) == 6
+    assert int(beside.sum()) == 60 // 4 - 6
+    assert not (beside & batch.scored.bool()).any()
+    assert beside.sum(1).tolist() == [3, 3, 3], "evenly spread"
+    assert not beside[:, 17:].any(), "what predicts a completion token is not counted twice"
+    plenty = [{**own, "prompt_tokens": 4} for own in documents]
+    assert not stage.prompt_beside(make_batch(plenty)).any()
+
+
+def test_divergences_of_prompt_tokens_are_those_of_the_stored_ladder(
+    module, mixed, tiny_llama, exact, split, monkeypatch
+):
+    """All prompt tokens count, so that the mean over them follows from what is measured with and without them."""
+    monkeypatch.setattr(stage, "SCORED_SHARE", 1)
+    documents = sparse(split)[:3]
+    served = stored(moved(module), mixed)
+    completion, prompt = (own.detach() for own in module.divergences(make_batch(documents)))
+    rungs = [stage._candidate(served, j) for j in LOW]
+    every = measure(tiny_llama, exact, rungs, [{**own, "prompt_tokens": 1} for own in documents])
+    scored, tokens = (
+        int(make_batch(docs).scored.sum()) for docs in (documents, [{**d, "prompt_tokens": 1} for d in documents])
+    )
+    together = (completion * scored + prompt * (tokens - scored)) / tokens
+    assert together.tolist() == pytest.approx([own.kl for own in every], rel=1e-4)
+
+
 def test_the_loss_of_a_rung_is_over_what_it_lost_before(module, monkeypatch):
-    monkeypatch.setattr(module, "divergences", lambda batch: torch.tensor([0.05, 0.2, 0.1]))
+    found = [
+        (torch.tensor([0.05, 0.2, 0.1]), prompt)
+        for prompt in (None, torch.tensor([2.0, 4, 8]), torch.tensor([1.0, 1, 2]))
+    ]
+    monkeypatch.setattr(module, "divergences", lambda batch: found.pop(0))
     monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
     monkeypatch.setattr(module, "_set_rate", lambda step: None)
     monkeypatch.setattr(Distillation, "current_epoch", 0)
-    assert float(module.training_step(0, 0)) == pytest.approx((0.5 + 1 + 0.25) / 3)
+    completion = (0.5 + 1 + 0.25) / 3
+    assert float(module.training_step(0, 0)) == pytest.approx(completion)
+    assert float(module.training_step(0, 1)) == pytest.approx(completion + 1)
+    assert float(module.training_step(0, 2)) == pytest.approx(completion + (0.5 + 0.25 + 0.25) / 3)
 
 
 def test_documents_of_a_step_follow_from_seed_step_and_process(module, split, monkeypatch):
