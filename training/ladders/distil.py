@@ -174,7 +174,8 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor:
         step = self._step(index)
         self._set_rate(step)
-        kl, prompt = self.divergences(make_batch(self.drawn(step)))
+        drawn = make_batch(self.drawn(step))
+        kl, prompt = self.divergences(drawn)
         loss = (kl / self.start_kl.to(kl)).mean()
         self.log_dict(
             {"train/relative_kl": loss.detach(), **{f"train/kl_{j}": k for j, k in enumerate(kl.detach())}},
@@ -184,7 +185,9 @@ class Distillation(L.LightningModule):
             return loss
         if not bool(self.start_prompt_kl.any()):
             self.start_prompt_kl.copy_(prompt.detach())
-        return loss + (prompt / self.start_prompt_kl.clamp(min=1e-9)).mean()
+        # As much as the completion, unless there are fewer of them: a few tokens are to be no more than a few.
+        weight = min(1.0, int(prompt_beside(drawn).sum()) / int(drawn.scored.sum()))
+        return loss + weight * (prompt / self.start_prompt_kl.clamp(min=1e-9)).mean()
 
     def _step(self, index: int) -> int:
         return self.current_epoch * STEPS_PER_EPOCH + index

@@ -128,19 +128,20 @@ def test_divergences_of_prompt_tokens_are_those_of_the_stored_ladder(
     assert together.tolist() == pytest.approx([own.kl for own in every], rel=1e-4)
 
 
-def test_the_loss_of_a_rung_is_over_what_it_lost_before(module, monkeypatch):
-    found = [
-        (torch.tensor([0.05, 0.2, 0.1]), prompt)
-        for prompt in (None, torch.tensor([2.0, 4, 8]), torch.tensor([1.0, 1, 2]))
-    ]
+def test_the_loss_of_a_rung_is_over_what_it_lost_before(module, split, monkeypatch):
+    prompts = [None, torch.tensor([2.0, 4, 8]), torch.tensor([1.0, 1, 2]), torch.tensor([2.0, 4, 8])]
+    found = [(torch.tensor([0.05, 0.2, 0.1]), prompt) for prompt in prompts]
     monkeypatch.setattr(module, "divergences", lambda batch: found.pop(0))
     monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
     monkeypatch.setattr(module, "_set_rate", lambda step: None)
     monkeypatch.setattr(Distillation, "current_epoch", 0)
     completion = (0.5 + 1 + 0.25) / 3
     assert float(module.training_step(0, 0)) == pytest.approx(completion)
+    monkeypatch.setattr(module, "drawn", lambda step: sparse(split, 18)[:3])
     assert float(module.training_step(0, 1)) == pytest.approx(completion + 1)
     assert float(module.training_step(0, 2)) == pytest.approx(completion + (0.5 + 0.25 + 0.25) / 3)
+    monkeypatch.setattr(stage, "SCORED_SHARE", 9 / 60)
+    assert float(module.training_step(0, 3)) == pytest.approx(completion + 1 / 2), "three beside six count half"
 
 
 def test_documents_of_a_step_follow_from_seed_step_and_process(module, split, monkeypatch):
