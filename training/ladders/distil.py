@@ -141,31 +141,25 @@ class Distillation(L.LightningModule):
                 found[name][half] = own * scale if half else own
         return {name: (a, b) for name, (a, b) in found.items() if a is not None and b is not None}
 
-    def divergences(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """[J] mean KL of every rung to the exact adapter over the batch's completion tokens, and over the prompt tokens
-        that count beside them; None where none do."""
+    def divergences(self, batch: Batch, *places: Tensor) -> list[Tensor]:
+        """[J] mean KL of every rung to the exact adapter over the tokens at each of `places`, [B, T] bool."""
         model = self._model[0]
-        tokens, real, scored = (x.to(model.device) for x in (batch.tokens, batch.real.long(), batch.scored))
-        beside = prompt_beside(batch).to(model.device)
+        tokens, real, *masks = (x.to(model.device) for x in (batch.tokens, batch.real.long(), *places))
         if self._teacher is None:
             self._teacher = low_rank(self._exact, model)
         with torch.no_grad(), updated(model, self._teacher):
             logits = model(input_ids=tokens, attention_mask=real, use_cache=False).logits
-            references = [Exact.of(logits[where]) for where in (scored, beside)]
+            references = [Exact.of(logits[where]) for where in masks]
         updates = {name: _all_rungs(*pair, model.dtype) for name, pair in self.readings().items()}
         with updated(model, updates):
             logits = model(
                 input_ids=tokens.repeat(self.rungs, 1), attention_mask=real.repeat(self.rungs, 1), use_cache=False
             ).logits
         per_rung = logits.view(self.rungs, *tokens.shape, -1)
-        completion, prompt = (
+        return [
             torch.stack([token_kl(reference, own[where].float().log_softmax(-1)).mean() for own in per_rung])
-            if len(reference.p)
-            else None
-            for reference, where in zip(references, (scored, beside), strict=True)
-        )
-        assert completion is not None, "every document has a completion"
-        return completion, prompt
+            for reference, where in zip(references, masks, strict=True)
+        ]
 
     def on_train_batch_start(self, batch: Any, index: int) -> int | None:
         """-1 ends an epoch: the last one has no more steps than are left."""
@@ -174,20 +168,22 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor:
         step = self._step(index)
         self._set_rate(step)
-        drawn = make_batch(self.drawn(step))
-        kl, prompt = self.divergences(drawn)
+        batch = make_batch(self.drawn(step))
+        beside = prompt_beside(batch)
+        count = int(beside.sum())
+        kl, *prompt = self.divergences(batch, batch.scored, *([beside] if count else []))
         loss = (kl / self.start_kl.to(kl)).mean()
         self.log_dict(
             {"train/relative_kl": loss.detach(), **{f"train/kl_{j}": k for j, k in enumerate(kl.detach())}},
             sync_dist=True,
         )
-        if prompt is None:
+        if not prompt:
             return loss
         if not bool(self.start_prompt_kl.any()):
-            self.start_prompt_kl.copy_(prompt.detach())
+            self.start_prompt_kl.copy_(prompt[0].detach())
         # As much as the completion, unless there are fewer of them: a few tokens are to be no more than a few.
-        weight = min(1.0, int(prompt_beside(drawn).sum()) / int(drawn.scored.sum()))
-        return loss + weight * (prompt / self.start_prompt_kl.clamp(min=1e-9)).mean()
+        weight = min(1.0, count / int(batch.scored.sum()))
+        return loss + weight * (prompt[0] / self.start_prompt_kl.clamp(min=1e-9)).mean()
 
     def _step(self, index: int) -> int:
         return self.current_epoch * STEPS_PER_EPOCH + index
@@ -230,7 +226,7 @@ class Distillation(L.LightningModule):
 
 def prompt_beside(batch: Batch) -> Tensor:
     """[B, T] bool: prompt tokens, evenly spread, as many as completion tokens lack to `SCORED_SHARE` of all tokens."""
-    scored = batch.scored.bool()
+    scored = batch.scored
     where = (batch.prompt() & ~scored).flatten().nonzero()[:, 0]
     lacking = int(SCORED_SHARE * int(batch.real.sum())) - int(scored.sum())
     count = max(0, min(lacking, len(where)))

@@ -69,7 +69,8 @@ def test_at_the_start_it_is_the_mixed_ladder(module, mixed):
 
 def test_divergences_are_what_measuring_the_stored_ladder_finds(module, mixed, tiny_llama, exact, split):
     served = stored(moved(module), mixed)
-    found = module.divergences(make_batch(split.train[:4]))[0].detach()
+    batch = make_batch(split.train[:4])
+    found = module.divergences(batch, batch.scored)[0].detach()
     expected = measure(tiny_llama, exact, [stage._candidate(served, j) for j in LOW], split.train[:4])
     assert found.tolist() == pytest.approx([own.kl for own in expected], rel=1e-4)
     assert len(set(found.tolist())) == 3
@@ -85,8 +86,9 @@ def test_gradients_reach_the_factors_that_some_rung_reads_as_if_nothing_were_rou
 
 
 def test_the_models_loss_reaches_factors_and_scales_and_not_the_model(module, tiny_llama, split):
+    batch = make_batch(split.train[:2])
     with stage.frozen(tiny_llama):
-        module.divergences(make_batch(split.train[:2]))[0].sum().backward()
+        module.divergences(batch, batch.scored)[0].sum().backward()
     assert all(float(own.moved.grad.abs().max()) > 0 for own in module.stacks)
     assert bool((module.log_scales.grad != 0).all())
     assert all(parameter.grad is None for parameter in tiny_llama.parameters())
@@ -118,7 +120,9 @@ def test_divergences_of_prompt_tokens_are_those_of_the_stored_ladder(
     monkeypatch.setattr(stage, "SCORED_SHARE", 1)
     documents = sparse(split)[:3]
     served = stored(moved(module), mixed)
-    completion, prompt = (own.detach() for own in module.divergences(make_batch(documents)))
+    batch = make_batch(documents)
+    found = module.divergences(batch, batch.scored, stage.prompt_beside(batch))
+    completion, prompt = (own.detach() for own in found)
     rungs = [stage._candidate(served, j) for j in LOW]
     every = measure(tiny_llama, exact, rungs, [{**own, "prompt_tokens": 1} for own in documents])
     scored, tokens = (
@@ -129,9 +133,15 @@ def test_divergences_of_prompt_tokens_are_those_of_the_stored_ladder(
 
 
 def test_the_loss_of_a_rung_is_over_what_it_lost_before(module, split, monkeypatch):
-    prompts = [None, torch.tensor([2.0, 4, 8]), torch.tensor([1.0, 1, 2]), torch.tensor([2.0, 4, 8])]
-    found = [(torch.tensor([0.05, 0.2, 0.1]), prompt) for prompt in prompts]
-    monkeypatch.setattr(module, "divergences", lambda batch: found.pop(0))
+    found = [[], [torch.tensor([2.0, 4, 8])], [torch.tensor([1.0, 1, 2])], [torch.tensor([2.0, 4, 8])]]
+
+    def divergences(batch, *places):
+        prompt = found.pop(0)
+        for place, expected in zip(places, [batch.scored, stage.prompt_beside(batch)][: 1 + len(prompt)], strict=True):
+            assert torch.equal(place, expected)
+        return [torch.tensor([0.05, 0.2, 0.1]), *prompt]
+
+    monkeypatch.setattr(module, "divergences", divergences)
     monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
     monkeypatch.setattr(module, "_set_rate", lambda step: None)
     monkeypatch.setattr(Distillation, "current_epoch", 0)
