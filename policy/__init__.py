@@ -8,6 +8,7 @@ decisions, `training` fits a policy and calibrates its knob, and both meet here.
     settings    everything about a run that is decided before its first token
     operating   what every row may spend: knob, start rung, KV policy, adapter
     contract    Summary in, Decision out, and the knob that moves a policy along its trade-off curve
+    difficulty  what a token needs of an adapter, by its id
     fixed, percentile, learned             policies to serve
     random, oracle                         what they are compared with
     cost, curve                            what a rung costs; which knob spends a given budget

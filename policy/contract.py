@@ -1,6 +1,7 @@
 """What a rank policy is: signals of what is already known in, rung and scale of the opening chunk out.
 
-Shape legend: B rows, S = 4 signals, J rungs. Every policy has one scalar knob that moves it along its trade-off curve
+Shape legend: B rows, S signals (in the order of `SIGNALS`), F features, J rungs. Every
+policy has one scalar knob that moves it along its trade-off curve
 (log lambda for `learned`, a rung for `fixed`, the centre of the band for `percentile` and `random`), so that one
 policy is the whole curve and every policy is calibrated and compared the same way.
 """
@@ -8,16 +9,17 @@ policy is the whole curve and every policy is calibrated and compared the same w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .difficulty import Difficulty
 from .limits import Entries, Limit
 from .rungs import Rung, checked_rungs
-from .settings import SIGNALS, STATS, TOKEN_SIGNALS
+from .settings import AGE, SIGNALS, STATS, TOKEN_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,31 @@ class Summary:
     valid: Tensor
     """[B, S] bool: a value of this signal exists."""
     first: Tensor
-    """[B, 2] novelty and prior of the opening chunk's first token (they depend on tokens only)."""
+    """[B, 4] the signals of the opening chunk's first token that depend on tokens only, in their order."""
     position: Tensor
     """[B] long: index of that token in its row, counted from the row's first real token."""
     row: Tensor | None = None
     """[B] long: which row of the batch it is in, where several tokens of each are asked about; None: one of each."""
 
-    FEATURES: ClassVar[int] = len(SIGNALS) * len(STATS) + len(SIGNALS) + len(TOKEN_SIGNALS)
+    age: Tensor | None = None
+    """[B] float32 in [0, 1): 1 - 1 / (1 + n) where the model has put nothing out for n tokens; None: 0 everywhere."""
+
+    hidden: Tensor | None = None
+    """[B, 2 d] the model's last hidden state at the latest completed token, zeros before the first, and the embedding
+    of the opening chunk's first; None, or d = 0, where nobody looks at it."""
+
+    FEATURES: ClassVar[int] = len(SIGNALS) * len(STATS) + len(SIGNALS) + len(TOKEN_SIGNALS) + 1
 
     def features(self) -> Tensor:
-        """[B, 18] float32: the statistics, zero where invalid, then validity, then the first token's signals."""
+        """[B, FEATURES + 2 d] float32: statistics, zero where invalid, then validity, the first token's signals, the
+        age, and what is hidden."""
         # Masked, not multiplied: whatever stands where a signal is unknown, NaN included, must not be seen.
         stats = self.stats.to(torch.float32).masked_fill(~self.valid[..., None], 0.0)
-        return torch.cat([stats.flatten(1), self.valid.to(torch.float32), self.first.to(torch.float32)], dim=1)
+        age = self.first.new_zeros(len(self.first)) if self.age is None else self.age
+        parts = [stats.flatten(1), self.valid.to(torch.float32), self.first.to(torch.float32), age.float()[:, None]]
+        if self.hidden is not None:
+            parts.append(self.hidden.float())
+        return torch.cat(parts, dim=1)
 
     def rows(self) -> Tensor:
         """[B] long: which row of the batch each token is in."""
@@ -54,11 +68,23 @@ class Summary:
 
     @classmethod
     def from_features(cls, features: Tensor) -> Summary:
-        """The summary whose `features()` these are, [N, 18]; positions, which they do not hold, count from 0."""
-        split = len(SIGNALS) * len(STATS)
-        stats = features[:, :split].view(-1, len(SIGNALS), len(STATS))
-        valid, first = features[:, split : split + len(SIGNALS)].bool(), features[:, split + len(SIGNALS) :]
-        return cls(stats, valid, first, torch.arange(len(features), device=features.device))
+        """The summary whose `features()` these are, [N, FEATURES + 2 d]; positions, which they do not tell, count from
+        0."""
+        sizes = [len(SIGNALS) * len(STATS), len(SIGNALS), len(TOKEN_SIGNALS), 1, features.shape[1] - cls.FEATURES]
+        stats, valid, first, age, hidden = features.split(sizes, 1)
+        positions = torch.arange(len(features), device=features.device)
+        return cls(stats.reshape(-1, len(SIGNALS), len(STATS)), valid.bool(), first, positions, None, age[:, 0], hidden)
+
+
+def feature_columns(names: Collection[str]) -> list[int]:
+    """The columns of `Summary.features()` that follow from the signals of these names, in their order there."""
+    signals = [index for index, name in enumerate(SIGNALS) if name in names]
+    stats = [index * len(STATS) + stat for index in signals for stat in range(len(STATS))]
+    valid = len(SIGNALS) * len(STATS)
+    first = valid + len(SIGNALS)
+    own = [first + index for index, name in enumerate(TOKEN_SIGNALS) if name in names]
+    age = [first + len(TOKEN_SIGNALS)] if AGE in names else []
+    return [*stats, *(valid + index for index in signals), *own, *age]
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,8 @@ class RankPolicy(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    wants_hidden: bool = False
+    """Whether a decision depends on the model's states, which the run has to hear then."""
     looks: ClassVar[bool] = True
     """Whether a decision depends on the summary; without, a row runs at one rung from its first token to its last."""
     CONFIG: ClassVar[Mapping[str, Limit]] = {}
@@ -107,6 +135,10 @@ class RankPolicy(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments of `CONFIG`."""
         return dict(self._config)
+
+    def difficulty(self) -> Difficulty | None:
+        """Token difficulty of an adapter that has none of its own: the mean over those it was trained on."""
+        return None
 
     def check_tensors(self) -> None:
         """Raise ValueError unless the tensors, which are loaded behind the constructor's back, are what it allows."""

@@ -27,12 +27,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .contract import Decision, RankPolicy, Summary
+from .contract import Decision, RankPolicy, Summary, feature_columns
+from .difficulty import MOST_CODE, PAIRS, Difficulty
 from .limits import Limit, Number, Several, Whole, refused
 from .rungs import Rung
+from .settings import AGE, HIDDEN, SIGNALS, SignalNames
 
 _GROWTH = 6.0
 """|h| stays below this: one chunk's damage differs from the average by at most a factor exp(6) = 403."""
+PROJECTED = 16
+"""Numbers to which the model's states are projected."""
 _LEAST_TEMPERATURE = 0.01
 _LEAST_UNIT_NATS = 1e-6
 _LEAST_STD = 1e-3
@@ -40,7 +44,11 @@ _LEAST_STD = 1e-3
 
 
 class LearnedPolicy(RankPolicy):
-    """MLP over `Summary.features()` and log lambda; the knob is log lambda, lambda in nats per unit of cost.
+    """MLP over features of a `Summary` and log lambda; the knob is log lambda, lambda in nats per unit of cost.
+
+    `signals` are what it looks at (left out: everything but the model's states), C columns of `Summary.features()`;
+    `vocabulary` says how many token ids its table of difficulty has, of which 0 is none, and `width` how wide the
+    model's states are, where it looks at them: state and embedding are normalised and projected to `PROJECTED` numbers.
 
     `cost` is [J], non-decreasing, 1 at the top (left out: rung / top rung); `scale_range` bounds the scale of a rung
     to 1 +- scale_range; `log_lambda_range` is where lambda is kept. Raises ValueError for fewer than two rungs.
@@ -51,6 +59,9 @@ class LearnedPolicy(RankPolicy):
         "hidden": Whole(1, 8192),
         "scale_range": Number(0, 1, below=True),
         "log_lambda_range": Several(Number(-40, 40), 2, 2, distinct=True),
+        "signals": SignalNames(),
+        "vocabulary": Whole(0, 2**24),
+        "width": Whole(0, 2**20),
     }
     cost: Tensor
     feature_mean: Tensor
@@ -59,6 +70,10 @@ class LearnedPolicy(RankPolicy):
     log_lambda_spread: Tensor
     damage_unit: Tensor
     later: Tensor
+    columns: Tensor
+    token_difficulty: Tensor
+    pair_difficulty: Tensor
+    projection: nn.Linear
 
     def __init__(
         self,
@@ -67,8 +82,14 @@ class LearnedPolicy(RankPolicy):
         scale_range: float = 0.3,
         log_lambda_range: tuple[float, float] = (-14.0, 7.0),
         cost: Tensor | None = None,
+        signals: Sequence[str] = (*SIGNALS, AGE),
+        vocabulary: int = 0,
+        width: int = 0,
     ) -> None:
-        super().__init__(rungs, hidden=hidden, scale_range=scale_range, log_lambda_range=log_lambda_range)
+        super().__init__(
+            rungs, hidden=hidden, scale_range=scale_range, log_lambda_range=log_lambda_range, signals=signals,
+            vocabulary=vocabulary, width=width,
+        )  # fmt: skip
         count = len(self.rungs)
         if count < 2:
             raise ValueError(f"rungs: expected at least two to choose from, got {self.rungs}; use a fixed policy")
@@ -80,8 +101,10 @@ class LearnedPolicy(RankPolicy):
         ranks = torch.tensor(self.rungs, dtype=torch.float32)
         cost = ranks / ranks[-1] if cost is None else _checked_cost(cost, count)
         self.register_buffer("cost", cost)
-        self.register_buffer("feature_mean", torch.zeros(Summary.FEATURES))
-        self.register_buffer("feature_std", torch.ones(Summary.FEATURES))
+        columns = feature_columns(self._config["signals"])
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+        self.register_buffer("feature_mean", torch.zeros(len(columns)))
+        self.register_buffer("feature_std", torch.ones(len(columns)))
         self.register_buffer("log_lambda_centre", torch.tensor((low + high) / 2))
         self.register_buffer("log_lambda_spread", torch.tensor((high - low) / 4))
         # Until calibrated: damage about 0.05 (top / rank - 1) nats, the size seen on instruction-tuned adapters.
@@ -90,9 +113,19 @@ class LearnedPolicy(RankPolicy):
         # Sums the steps from rung j up; a matrix, because cumsum has no deterministic CUDA kernel.
         self.register_buffer("later", torch.ones(count - 1, count).tril(), persistent=False)
 
-        self.trunk = nn.Sequential(
-            nn.Linear(Summary.FEATURES + 1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
-        )
+        if vocabulary:
+            neutral = Difficulty.neutral(vocabulary, PAIRS)
+            self.register_buffer("token_difficulty", neutral.token)
+            self.register_buffer("pair_difficulty", neutral.pair)
+        self.wants_hidden = HIDDEN in self._config["signals"]
+        if self.wants_hidden != bool(width):
+            expected = "at least 1, as the signals name hidden" if self.wants_hidden else "0, as no signal is hidden"
+            raise refused("width", expected, width)
+        projected = PROJECTED if width else 0
+        if width:
+            self.projection = nn.Linear(2 * width, projected)
+        inputs = len(columns) + projected + 1
+        self.trunk = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.damage_head = nn.Linear(hidden, count - 1)
         self.scale_head = nn.Linear(hidden, count - 1)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.1)))
@@ -111,18 +144,21 @@ class LearnedPolicy(RankPolicy):
     def calibrate(self, features: Tensor, damage: Tensor, log_lambda: Tensor | None = None) -> None:
         """Set the normalisers from training data; call once, before training.
 
-        `features` [N, 18]; `damage` [N, J], KL of every rung in nats per token (at scale 1); `log_lambda` [N] or any
-        other number of the values that training will draw (left out: spread over `log_lambda_range`). Raises
+        `features` [N, FEATURES]; `damage` [N, J], KL of every rung in nats per token (at scale 1); `log_lambda` [N] or
+        any other number of the values that training will draw (left out: spread over `log_lambda_range`). Raises
         ValueError for other shapes or values that are not finite.
         """
-        shapes = (features.shape, damage.shape)
-        expected = ((features.shape[0], Summary.FEATURES), (features.shape[0], len(self.cost)))
-        if features.shape[0] == 0 or shapes != expected:
+        features_wide = Summary.FEATURES + 2 * self._config["width"]
+        # A policy that does not look at the model's states may be given them.
+        wide = features.ndim == 2 and (features.shape[1] == features_wide or not self.wants_hidden)
+        fits = wide and features.shape[1] >= features_wide and damage.shape == (len(features), len(self.cost))
+        if not fits or len(features) == 0:
             got = f"{tuple(features.shape)} and {tuple(damage.shape)}"
-            raise ValueError(f"features, damage: expected [N, {Summary.FEATURES}] and [N, {len(self.cost)}], got {got}")
+            raise ValueError(f"features, damage: expected [N, {features_wide}] and [N, {len(self.cost)}], got {got}")
         if not bool(features.isfinite().all() and damage.isfinite().all()):
             raise ValueError("features, damage: expected finite numbers, got NaN or infinity; check the labels")
-        mean, std = features.double().mean(0), features.double().std(0, correction=0)
+        seen = features[:, self.columns].double()
+        mean, std = seen.mean(0), seen.std(0, correction=0)
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std < _LEAST_STD, 1.0, std))
         # Average damage that rises with rank (a plain SVD ladder can) counts as flat.
@@ -135,12 +171,12 @@ class LearnedPolicy(RankPolicy):
     def predict(self, features: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted damage [B, J] in nats per token, and scale [B, J], of every rung; both float32.
 
-        `features` is [B, 18], `log_lambda` [B]; log lambda is kept within `log_lambda_range`.
+        `features` is [B, FEATURES], `log_lambda` [B]; log lambda is kept within `log_lambda_range`.
         """
         log_lambda = log_lambda.float().clamp(*self.log_lambda_range)
-        seen = (features - self.feature_mean) / self.feature_std
+        seen = (features[:, self.columns] - self.feature_mean) / self.feature_std
         weight = (log_lambda - self.log_lambda_centre) / self.log_lambda_spread
-        inputs = torch.cat([seen.float(), weight.float()[:, None]], dim=1)
+        inputs = torch.cat([seen.float(), *self._projected(features), weight.float()[:, None]], dim=1)
         hidden = self.trunk(inputs.to(self.damage_head.weight.dtype))
         growth = _GROWTH * torch.tanh(self.damage_head(hidden).float() / _GROWTH)
         # The floor makes the dear end of the knob mean the top rung for every chunk, whatever was learned.
@@ -149,8 +185,26 @@ class LearnedPolicy(RankPolicy):
         scale = 1 + self.scale_range * torch.tanh(self.scale_head(hidden).float())
         return damage, torch.cat([scale, torch.ones_like(scale[:, :1])], dim=1)
 
+    def _projected(self, features: Tensor) -> list[Tensor]:
+        """[B, PROJECTED] of the model's states, where it looks at them."""
+        if not self.wants_hidden:
+            return []
+        width: int = self._config["width"]
+        pair = features[:, Summary.FEATURES :].view(len(features), 2, width).float()
+        # A state that is not there yet is all zeros, and stays so.
+        unit = nn.functional.layer_norm(pair, (width,)).flatten(1)
+        return [torch.tanh(self.projection(unit.to(self.projection.weight.dtype)).float())]
+
+    def damage(self, features: Tensor) -> Tensor:
+        """Predicted damage [B, J] of `features` [B, FEATURES], at no lambda in particular."""
+        return self.predict(features, self.log_lambda_centre.expand(len(features)))[0]
+
+    def mean_damage(self) -> Tensor:
+        """[J] what an average chunk loses at every rung, as calibrated; 0 at the top."""
+        return self.damage_unit.float() @ self.later.float()
+
     def logits(self, features: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
-        """Rung logits [B, J] and scale [B, J], float32, of `features` [B, 18] at `log_lambda` [B]."""
+        """Rung logits [B, J] and scale [B, J], float32, of `features` [B, FEATURES] at `log_lambda` [B]."""
         damage, scale = self.predict(features, log_lambda)
         price = torch.exp(-log_lambda.float().clamp(*self.log_lambda_range))[:, None]
         temperature = self.log_temperature.float().exp().clamp(min=_LEAST_TEMPERATURE)
@@ -160,6 +214,25 @@ class LearnedPolicy(RankPolicy):
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
         logits, scale = self.logits(summary.features(), knob)
         return Decision(logits.argmax(1), scale)
+
+    @torch.no_grad()
+    def set_scales(self, scales: Tensor) -> None:
+        """Give every rung a scale [J] that does not depend on the text, within the range of scales."""
+        if self.scale_range:
+            self.scale_head.weight.zero_()
+            share = ((scales[:-1] - 1) / self.scale_range).clamp(-1 + 1e-6, 1 - 1e-6)
+            self.scale_head.bias.copy_(torch.atanh(share))
+
+    @torch.no_grad()
+    def set_difficulty(self, difficulty: Difficulty) -> None:
+        """The tables that it carries, [vocabulary] and [PAIRS]."""
+        self.token_difficulty.copy_(difficulty.token)
+        self.pair_difficulty.copy_(difficulty.pair)
+
+    def difficulty(self) -> Difficulty | None:
+        if not self._config["vocabulary"]:
+            return None
+        return Difficulty(self.token_difficulty, self.pair_difficulty)
 
     def knob_range(self) -> tuple[float, float]:
         low, high = self.log_lambda_range
@@ -171,6 +244,9 @@ class LearnedPolicy(RankPolicy):
             values = self.get_buffer(name)
             if not bool((values > 0).all()):
                 raise refused(name, "numbers above 0", values.tolist(), "fit it again")
+        for name in ("token_difficulty", "pair_difficulty") if self._config["vocabulary"] else ():
+            if int(self.get_buffer(name).max()) > MOST_CODE:
+                raise refused(name, f"codes up to {MOST_CODE}", int(self.get_buffer(name).max()), "fit it again")
 
 
 def _checked_cost(cost: Tensor, count: int) -> Tensor:

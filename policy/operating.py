@@ -27,7 +27,7 @@ class Operating:
     knob: Tensor
     """[B] float32: where on the policy's trade-off curve the row runs."""
     start_rung: Tensor
-    """[B] long: rung index until the model has put something out, and the dearest one a prompt may use."""
+    """[B] long: rung index of the prompt, and until the model has put something out."""
     budget: Tensor
     """[B] float64: bytes of the adapter that a token may read on average, relative to all of it, whatever the text;
     `UNLIMITED`: as many as the policy chooses."""

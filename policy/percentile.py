@@ -1,8 +1,8 @@
 """Rungs from thresholds on one signal, the thresholds being percentiles of calibration text (the paper's rule).
 
 The value of the closed chunk is looked up in a table of calibration quantiles; its percentile u in [0, 1] moves the
-rung within a band around the knob: `rung = round(knob + spread * (2u - 1))`. On text like the calibration text every
-part of the band is equally likely, so `random` with the same spread is this policy with the signal thrown away.
+rung within a band around the knob: `rung = round(knob + sign * spread * (2u - 1))`. On text like the calibration text
+every part of the band is equally likely, so `random` with the same spread is this policy with the signal thrown away.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch import Tensor
 from .contract import Decision, RankPolicy, Summary
 from .limits import Choice, Limit, refused
 from .rungs import SPREAD, Rung, nearest_rung, rung_scales
-from .settings import SIGNALS, STATS, SignalWeights
+from .settings import PAPER_SIGNALS, SIGNALS, STATS, TOKEN_SIGNALS, SignalWeights
 
 COMPLEXITY = "complexity"
 """In place of a signal's name: the mean of the known signals, weighted as in the token complexity."""
+
+CHUNK, TOKEN = "chunk", "token"
+"""Whose value the thresholds are on: the mean over the chunk just closed, or that of the opening one's first token."""
 
 GRID_POINTS = 101
 
@@ -30,8 +33,9 @@ class PercentilePolicy(RankPolicy):
 
     `signal` is one of SIGNALS or "complexity"; `grid` is [101], the ascending quantiles 0, 0.01, ..., 1 of that value
     on calibration text (left out: even steps from 0 to 1); `spread` is half the band's width in rungs; `scales` is
-    [J]; `weights` are those of the complexity, by signal (left out: all alike). Raises ValueError for an unknown
-    signal, a bad grid or a negative spread.
+    [J]; `weights` are those of the complexity, by signal (left out: those of the paper all alike); with `sign` -1 high
+    values get the lower rungs; `of` "token" takes the value of the token about to be processed, which only signals that
+    follow from tokens have. Raises ValueError for an unknown signal, a bad grid or a negative spread.
     """
 
     kind: ClassVar[str] = "percentile"
@@ -39,6 +43,8 @@ class PercentilePolicy(RankPolicy):
         "signal": Choice((*SIGNALS, COMPLEXITY)),
         "spread": SPREAD,
         "weights": SignalWeights(),
+        "sign": Choice((1, -1)),
+        "of": Choice((CHUNK, TOKEN)),
     }
     scales: Tensor
     grid: Tensor
@@ -52,9 +58,14 @@ class PercentilePolicy(RankPolicy):
         scales: Tensor | None = None,
         spread: float = 2.0,
         weights: Mapping[str, float] | None = None,
+        sign: int = 1,
+        of: str = CHUNK,
     ) -> None:
-        weights = dict.fromkeys(SIGNALS, 1.0) if weights is None else weights
-        super().__init__(rungs, signal=signal, spread=spread, weights=weights)
+        weights = dict.fromkeys(PAPER_SIGNALS, 1.0) if weights is None else weights
+        super().__init__(rungs, signal=signal, spread=spread, weights=weights, sign=sign, of=of)
+        if of == TOKEN and signal not in TOKEN_SIGNALS:
+            raise refused("of", f"{CHUNK}: {signal} is not known of a token before it is processed", of)
+        self.sign, self.of = int(sign), of
         self.signal: str = self._config["signal"]
         self.spread: float = self._config["spread"]
         used: Mapping[str, float] = self._config["weights"] if signal == COMPLEXITY else {signal: 1.0}
@@ -71,6 +82,8 @@ class PercentilePolicy(RankPolicy):
         scales: Tensor | None = None,
         spread: float = 2.0,
         weights: Mapping[str, float] | None = None,
+        sign: int = 1,
+        of: str = CHUNK,
     ) -> PercentilePolicy:
         """The policy whose grid holds the quantiles of `values` [N], one per chunk of calibration text.
 
@@ -81,10 +94,13 @@ class PercentilePolicy(RankPolicy):
             raise ValueError(f"values: expected at least one finite value to calibrate on, got {sample.size} values")
         grid = torch.from_numpy(np.quantile(sample, np.linspace(0, 1, GRID_POINTS))).to(torch.float32)
         # Interpolated quantiles of equal neighbours may differ in the last bit, in either direction.
-        return cls(rungs, signal, grid.cummax(0).values, scales, spread, weights)
+        return cls(rungs, signal, grid.cummax(0).values, scales, spread, weights, sign, of)
 
     def value(self, summary: Summary) -> tuple[Tensor, Tensor]:
         """The number the thresholds are on, [B] float32 (0 where unknown), and whether it is known, [B] bool."""
+        if self.of == TOKEN:
+            own = summary.first[:, TOKEN_SIGNALS.index(self.signal)].to(torch.float32)
+            return own, torch.ones_like(own, dtype=torch.bool)
         means = summary.stats[..., STATS.index("mean")].to(torch.float32).masked_fill(~summary.valid, 0.0)
         weights = self.weights.float() * summary.valid
         total = weights.sum(1)
@@ -94,6 +110,7 @@ class PercentilePolicy(RankPolicy):
     def percentile(self, value: Tensor) -> Tensor:
         """Share of calibration values below `value` [B], in [0, 1]; equal ones count half."""
         grid = self.grid.float()
+        value = value.contiguous()
         below = torch.searchsorted(grid, value)
         up_to = torch.searchsorted(grid, value, right=True)
         left = grid[(below - 1).clamp(min=0)]
@@ -103,10 +120,16 @@ class PercentilePolicy(RankPolicy):
         tied = (below + up_to - 1) / 2
         return (torch.where(up_to > below, tied, between) / (GRID_POINTS - 1)).clamp(0, 1)
 
+    def swing(self, value: Tensor, known: Tensor) -> Tensor:
+        """[B] how many rungs above the knob a value [B] leads; 0 where it is not known."""
+        return self.sign * self.spread * torch.where(known, 2 * self.percentile(value) - 1, 0.0)
+
+    def rung_of(self, knob: Tensor, swing: Tensor) -> Tensor:
+        """[B] long: rung index at knob [B], or one for all, and swing [B]."""
+        return nearest_rung(knob + swing, len(self.rungs))
+
     def decide(self, summary: Summary, knob: Tensor) -> Decision:
-        value, known = self.value(summary)
-        centred = torch.where(known, 2 * self.percentile(value) - 1, 0.0)
-        rung = nearest_rung(knob + self.spread * centred, len(self.rungs))
+        rung = self.rung_of(knob, self.swing(*self.value(summary)))
         return Decision(rung, self.scales.float().expand(len(rung), -1))
 
     def knob_range(self) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""Reads policies of schema 1, in which the signals were in another order and the rungs part of the settings.
+"""Reads policies of schema 1, in which the signals were in another order and the rungs part of the settings, and of
+schema 2, which had fewer signals.
 
 Kept for one release: export such a policy again and this file is not needed.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .limits import Entries, Number, Several, Whole, refused, shown
 from .rungs import MOST_RUNGS, RUNGS
-from .settings import SIGNALS, STATS
+from .settings import PAPER_SIGNALS, STATS
 
 _SIGNALS = ("entropy", "novelty", "attention", "prior")
 _MOVED = Entries({"rungs": RUNGS, "start_rung": Whole(0, MOST_RUNGS - 1)})
@@ -44,7 +45,7 @@ def upgrade_tensors(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if kind != "learned":
         return tensors
-    moved = [_SIGNALS.index(name) for name in SIGNALS]
+    moved = [_SIGNALS.index(name) for name in PAPER_SIGNALS]
     statistics = [signal * len(STATS) + stat for signal in moved for stat in range(len(STATS))]
     known = [len(_SIGNALS) * len(STATS) + signal for signal in moved]
     rest = range(len(statistics) + len(known), tensors["trunk.0.weight"].shape[1])
@@ -56,3 +57,15 @@ def upgrade_tensors(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "feature_std": tensors["feature_std"][order[:features]],
         "trunk.0.weight": tensors["trunk.0.weight"][:, order].contiguous(),
     }
+
+
+def upgrade_schema2(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a schema 2 policy as schema 3 has it: it knew the four signals of the paper alone."""
+    config = record["config"]
+    if not isinstance(config, dict):
+        raise refused("config", "an object", config)
+    added: dict[str, dict[str, Any]] = {
+        "learned": {"signals": list(PAPER_SIGNALS), "vocabulary": 0, "width": 0},
+        "percentile": {"sign": 1, "of": "chunk"},
+    }
+    return {**record, "schema_version": 3, "config": {**added.get(record["kind"], {}), **config}}

@@ -7,19 +7,36 @@ from request to request, knob, start rung, KV policy and adapter, is not here bu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .limits import Choice, Entries, Limit, Made, Number, Several, Whole, check_fields, limited, read_record, refused
 
-MODEL_SIGNALS = ("entropy", "attention")
-"""Signals that the model puts out: known of tokens in completed blocks only."""
+MODEL_SIGNALS = ("entropy", "attention", "surprisal")
+"""Signals that the model puts out: known of tokens in completed blocks only. The surprisal is that of a token under the
+distribution before it, so the first token of a block has one already."""
 
-TOKEN_SIGNALS = ("novelty", "prior")
+TOKEN_SIGNALS = ("novelty", "prior", "difficulty", "pair")
 """Signals that follow from the tokens alone: known of a token before it is processed."""
 
 SIGNALS = (*MODEL_SIGNALS, *TOKEN_SIGNALS)
-"""The complexity signals, in the order of every tensor that has a signal axis. Each lies in [0, 1]."""
+"""The signals, in the order of every tensor that has a signal axis. Each lies in [0, 1]."""
+
+PAPER_SIGNALS = ("entropy", "attention", "novelty", "prior")
+"""The four of the paper, of which a token's complexity is made."""
+
+AGE = "age"
+"""How many tokens ago the signals that the model puts out became known: a feature of a policy, of no chunk."""
+
+HIDDEN = "hidden"
+"""The model's last hidden state at the latest completed token, and the embedding of the token about to be processed."""
+
+LOOKS = (*SIGNALS, AGE, HIDDEN)
+"""All that a learned policy may look at, in the order of its features."""
+
+SIGNAL_SETS = {"four": PAPER_SIGNALS, "default": (*SIGNALS, AGE), "hidden": LOOKS}
+"""What a learned policy may look at, by the name of the set."""
 
 STATS = ("mean", "max", "last")
 """What a chunk's summary keeps of each signal, in the order of every tensor that has a statistics axis."""
@@ -57,8 +74,24 @@ class SignalWeights(Limit):
 
 
 @dataclass(frozen=True)
+class SignalNames(Limit):
+    """What a learned policy looks at: some of the signals, the age of what the model has put out, and its states."""
+
+    def __str__(self) -> str:
+        return f"a list of some of {', '.join(LOOKS)}, each once"
+
+    def take(self, name: str, value: Any) -> tuple[str, ...]:
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        if not listed or not value or not all(isinstance(own, str) and own in LOOKS for own in value):
+            raise refused(name, self, value)
+        if len(set(value)) < len(value):
+            raise refused(name, self, value)
+        return tuple(own for own in LOOKS if own in value)
+
+
+@dataclass(frozen=True)
 class SignalSettings:
-    """How the four signals are measured (all causal, all in [0, 1])."""
+    """How the signals are measured (all causal, all in [0, 1])."""
 
     novelty_window_tokens: int = field(default=256, metadata=limited(Whole(1, 2**16)))
     """Rolling window in which an n-gram counts as seen before."""
@@ -75,12 +108,16 @@ class SignalSettings:
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """When a chunk closes: at `max_tokens`, or from `min_tokens` on when the complexity class changes."""
+    """When a chunk closes: at `max_tokens`, or from `min_tokens` on when the complexity class changes.
 
-    min_tokens: int = field(default=4, metadata=limited(Whole(1, MOST_TOKENS)))
-    max_tokens: int = field(default=16, metadata=limited(Whole(1, MOST_TOKENS)))
+    By default every token is a chunk: held over four tokens or more, every gain of choosing vanishes (log).
+    """
+
+    min_tokens: int = field(default=1, metadata=limited(Whole(1, MOST_TOKENS)))
+    max_tokens: int = field(default=1, metadata=limited(Whole(1, MOST_TOKENS)))
     weights: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(SIGNALS, 1.0), metadata=limited(SignalWeights())
+        default_factory=lambda: {name: float(name in PAPER_SIGNALS) for name in SIGNALS},
+        metadata=limited(SignalWeights()),
     )
     """Weight of each signal in the token complexity, by name; a signal left out counts nothing."""
     smoothing: float = field(default=0.5, metadata=limited(Number(0, 1, above=True)))

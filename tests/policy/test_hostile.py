@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -17,10 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy import KINDS, PolicyCheckpoint, Summary
-from tests.policy.test_checkpoint import checkpoint
+from policy import KINDS, SIGNALS, PolicyCheckpoint
+from tests.policy.test_checkpoint import checkpoint, summary_of
 
-SCHEMA_1 = Path(__file__).parent / "schema1"
+HERE = Path(__file__).parent
+OLD = {"schema 1": HERE / "schema1", "schema 2": HERE / "schema2" / "learned"}
 ROOT = Path(__file__).resolve().parents[2]
 NESTED: list[Any] = [[[[[[[[[[1]]]]]]]]]]
 HOSTILE = [
@@ -62,11 +64,7 @@ def same(one: Any, other: Any) -> bool:
 
 def still_serves(loaded: PolicyCheckpoint) -> bool:
     """Decisions and what rows may spend are what any policy gives: rungs that exist, finite scales and knobs."""
-    generator = torch.Generator().manual_seed(0)
-    summary = Summary(
-        torch.rand(3, 4, 3, generator=generator), torch.ones(3, 4).bool(), torch.rand(3, 2, generator=generator),
-        torch.arange(3),
-    )  # fmt: skip
+    summary = dataclasses.replace(summary_of(3), valid=torch.ones(3, len(SIGNALS)).bool())
     rows = loaded.operating([loaded.cost[0], max(0.5, loaded.cost[0]), 1.0], [0, 0, 0])
     decision = loaded.policy.decide(summary, rows.knob)
     inside = (decision.rung >= 0) & (decision.rung < len(loaded.policy.rungs))
@@ -83,15 +81,16 @@ def loaded_or_refused(folder: Path) -> PolicyCheckpoint | str:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole policy of every kind, and one of schema 1."""
+    """A whole policy of every kind, and one of every schema of old."""
     folder = tmp_path_factory.mktemp("policies")
     for kind in KINDS:
         checkpoint(kind).save(folder / kind)
-    shutil.copytree(SCHEMA_1, folder / "schema 1")
+    for name, exported in OLD.items():
+        shutil.copytree(exported, folder / name)
     return {path.name: path for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "schema 1"])
+@pytest.mark.parametrize("kind", [*KINDS, *OLD])
 @given(data=st.data())
 @settings(max_examples=300)
 def test_any_value_in_the_place_of_any_other_is_right_or_refused(
@@ -113,15 +112,18 @@ def test_any_value_in_the_place_of_any_other_is_right_or_refused(
         assert len(loaded) < 1000
         return
     assert still_serves(loaded)
-    if kind == "schema 1" or path[0] in FREE:
+    if kind in OLD or path[0] in FREE:
         return
-    # What was believed is what the file says, in the type that the place has.
+    # What was believed is what the file says, in the type that the place has; a rung may be a fraction.
     loaded.save(folder.parent / "again")
     again = json.loads((folder.parent / "again" / "policy.json").read_text())
     for name in record.keys() - {"libraries"}:
         assert same(again[name], changed[name]), name
     before, after = at(record, path), at(again, path)
-    assert type(after) is type(before) or (path[-1] in ("ladder", "latency", "curve") and after is None)
+    fraction = path[0] == "rungs" and isinstance(value, float) and not value.is_integer()
+    assert type(after) is (float if fraction else type(before)) or (
+        path[-1] in ("ladder", "latency", "curve") and after is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,13 @@ def test_any_value_in_the_place_of_any_other_is_right_or_refused(
         (("config", "hidden"), 10**9),
         (("config", "hidden"), 8),
         (("config", "scale_range"), True),
+        (("config", "signals"), NESTED),
+        (("config", "signals"), {"entropy": 1}),
+        (("config", "signals", 0), "age"),
+        (("config", "signals", 0), 0),
+        (("config", "vocabulary"), True),
+        (("config", "vocabulary"), 11.0),
+        (("config", "vocabulary"), 12),
         (("kind",), ["learned"]),
         (("kind",), {}),
         (("schema_version",), True),
@@ -207,6 +216,8 @@ for folder in sorted(root.iterdir()):
 LARGE = {
     "hidden beyond its limit": (("config", "hidden"), 10**9),
     "hidden within its limit, of other tensors": (("config", "hidden"), 8192),
+    "a vocabulary beyond its limit": (("config", "vocabulary"), 10**12),
+    "many signals": (("config", "signals"), ["entropy"] * 10**5),
     "a window": (("settings", "signals", "novelty_window_tokens"), 10**13),
     "many rungs": (("rungs",), list(range(1, 1025))),
     "too many rungs": (("rungs",), list(range(10**6))),

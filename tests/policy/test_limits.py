@@ -9,9 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policy import KINDS, ChunkSettings, KnobCurve, KVSettings, LatencyTable, PolicyCheckpoint, Settings, SignalSettings
+from policy import (
+    KINDS,
+    SIGNALS,
+    ChunkSettings,
+    KnobCurve,
+    KVSettings,
+    LatencyTable,
+    PolicyCheckpoint,
+    Settings,
+    SignalSettings,
+)
 from policy.limits import Choice, Entries, Flag, Limit, Maybe, Number, Several, Text, Whole, limits_of, shown
-from policy.settings import SignalWeights
+from policy.settings import AGE, SIGNAL_SETS, SignalNames, SignalWeights
 
 RECORDS = (SignalSettings, ChunkSettings, KVSettings, Settings, KnobCurve, LatencyTable, PolicyCheckpoint)
 DEEP: list[Any] = []
@@ -32,6 +42,7 @@ for _ in range(5000):
         (Several(Whole(0, 9), 1, 3, ascending=True), [(1,), (1, 1, 2)]),
         (Entries({"a": Flag()}), [{"a": True}]),
         (Entries({"a": Flag()}, complete=False), [{}, {"a": True}]),
+        (SignalNames(), [("entropy",), ("age",), ("attention", "prior", "pair", "age"), *SIGNAL_SETS.values()]),
     ],
 )
 def test_what_is_within_a_limit_is_kept(limit: Limit, taken: list) -> None:
@@ -55,6 +66,9 @@ def test_what_is_within_a_limit_is_kept(limit: Limit, taken: list) -> None:
         (Several(Whole(0, 9), 1, 3, distinct=True), [(1, 1), (2, 1)]),
         (Entries({"a": Flag()}), [{}, {"a": 1}, {"a": True, "b": True}, [("a", True)], None, {1: True}]),
         (SignalWeights(), [{}, {"entropy": 0}, {"luck": 1}, {"entropy": -1}, {"entropy": 1e-300}, {"entropy": 1e308}]),
+        (SignalNames(), [[], (), "age", b"age", None, 1, {}, {"age": 1}, [None], [b"age"], [["age"]], [math.nan]]),
+        (SignalNames(), [[""], ["luck"], ["Age"], ["age", "age"], ["entropy", "prior", "entropy"], ["entropy", 1]]),
+        (SignalNames(), [[10**400], DEEP, ["age", DEEP], ["age"] * 10**5]),
     ],
 )
 def test_what_is_not_is_refused_by_name_in_one_line(limit: Limit, refused: list) -> None:
@@ -100,10 +114,25 @@ def test_a_record_made_in_python_is_held_to_its_limits_too(record: Any) -> None:
 
 
 def test_what_a_record_keeps_is_plain_python() -> None:
-    chunk = ChunkSettings(min_tokens=np.int64(2), smoothing=1, thresholds=[np.float32(0.25)], weights={"prior": 2})
+    chunk = ChunkSettings(
+        min_tokens=np.int64(2), max_tokens=9, smoothing=1, thresholds=[np.float32(0.25)], weights={"prior": 2}
+    )
     assert (type(chunk.min_tokens), type(chunk.smoothing), chunk.thresholds) == (int, float, (0.25,))
     assert type(chunk.thresholds[0]) is float
-    assert chunk.weights == {"entropy": 0.0, "attention": 0.0, "novelty": 0.0, "prior": 2.0}
+    assert chunk.weights == dict.fromkeys(SIGNALS, 0.0) | {"prior": 2.0}
+
+
+def test_signals_are_kept_in_one_order() -> None:
+    assert SignalNames().take("x", ["age", "pair", "entropy"]) == ("entropy", "pair", "age")
+    assert SIGNAL_SETS["default"] == (*SIGNALS, AGE)
+
+
+def test_by_default_every_token_is_a_chunk_and_complexity_is_that_of_the_paper() -> None:
+    chunk = ChunkSettings()
+    assert (chunk.min_tokens, chunk.max_tokens) == (1, 1)
+    assert {name for name, weight in chunk.weights.items() if weight} == {"entropy", "attention", "novelty", "prior"}
+    assert chunk.weights.keys() == set(SIGNALS)
+    assert len(set(chunk.weights.values()) - {0.0}) == 1, "all alike"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from policy import (
     SIGNALS,
+    TOKEN_SIGNALS,
     FixedPolicy,
     LearnedPolicy,
     OraclePolicy,
@@ -29,7 +30,9 @@ DEFAULT_RUNGS = rungs_of_rank(64)
 RUNGS = len(DEFAULT_RUNGS)
 SCALES = torch.cat([torch.linspace(1.2, 1.05, RUNGS - 1), torch.ones(1)])
 ROWS, LENGTH = 64, 200
-KINDS = ("fixed", "percentile", "percentile-entropy", "learned", "learned-trained", "random", "oracle")
+KINDS = (
+    "fixed", "percentile", "percentile-entropy", "percentile-token", "learned", "learned-trained", "random", "oracle",
+)  # fmt: skip
 
 
 def scrambled(policy: LearnedPolicy, seed: int = 0) -> LearnedPolicy:
@@ -48,6 +51,8 @@ def build(kind: str) -> RankPolicy:
         return FixedPolicy(DEFAULT_RUNGS, SCALES)
     if kind.startswith("percentile"):
         values = torch.rand(1000, generator=generator) ** 2
+        if kind.endswith("token"):
+            return PercentilePolicy.calibrate(values, DEFAULT_RUNGS, "pair", SCALES, spread=2.5, sign=-1, of="token")
         signal = "entropy" if kind.endswith("entropy") else "complexity"
         return PercentilePolicy.calibrate(values, DEFAULT_RUNGS, signal, SCALES, spread=2.5)
     if kind == "random":
@@ -65,9 +70,11 @@ def summary(rows: int, seed: int = 0) -> Summary:
     return Summary(
         stats=torch.rand(rows, len(SIGNALS), 3, generator=generator),
         valid=torch.rand(rows, len(SIGNALS), generator=generator) < 0.8,
-        first=torch.rand(rows, 2, generator=generator),
+        first=torch.rand(rows, len(TOKEN_SIGNALS), generator=generator),
         position=torch.randint(LENGTH, (rows,), generator=generator),
         row=torch.arange(rows),
+        age=torch.rand(rows, generator=generator),
+        hidden=torch.zeros(rows, 0),
     )
 
 
@@ -115,11 +122,12 @@ def test_a_row_does_not_depend_on_the_others(kind: str, rows: int, kept: int, se
     cheap, dear = policy.knob_range()
     share = torch.rand(2, rows, generator=torch.Generator().manual_seed(seed))
     knobs = cheap + (dear - cheap) * share
-    for name in ("stats", "valid", "first", "position"):
+    for name in ("stats", "valid", "first", "position", "age"):
         getattr(other, name)[kept] = getattr(one, name)[kept]
     knobs[1, kept] = knobs[0, kept]
     # What an unused row of a padded batch may hold.
-    other.stats[(kept + 1) % rows] = float("nan")
+    for values in (other.stats, other.first, other.age):
+        values[(kept + 1) % rows] = float("nan")
     first, second = policy.decide(one, knobs[0]), policy.decide(other, knobs[1])
     assert first.rung[kept] == second.rung[kept]
     assert first.scale[kept] == second.scale[kept]
@@ -162,7 +170,7 @@ def test_deciding_never_reads_a_value_back(policy: RankPolicy) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_of_signals_and_weights(policy: RankPolicy, dtype: torch.dtype) -> None:
     whole = summary(16)
-    cast = dataclasses.replace(whole, stats=whole.stats.to(dtype), first=whole.first.to(dtype))
+    cast = dataclasses.replace(whole, **{name: getattr(whole, name).to(dtype) for name in ("stats", "first", "age")})
     for candidate in (policy, policy.to(dtype)):
         decision = candidate.decide(cast, middle(policy, 16))
         assert decision.scale.dtype == torch.float32
@@ -189,14 +197,14 @@ def test_a_dearer_knob_never_costs_less(kind: str, seed: int) -> None:
     assert bool((previous == RUNGS - 1).all()), "the dear end is the top rung for every chunk"
 
 
-@pytest.mark.parametrize("kind", ["fixed", "percentile", "random"])
+@pytest.mark.parametrize("kind", ["fixed", "percentile", "percentile-token", "random"])
 def test_the_cheap_end_is_the_lowest_rung(kind: str) -> None:
     policy = build(kind)
     decision = policy.decide(summary(64), torch.full((64,), policy.knob_range()[0]))
     assert bool((decision.rung == 0).all())
 
 
-@pytest.mark.parametrize("kind", ["fixed", "percentile", "random"])
+@pytest.mark.parametrize("kind", ["fixed", "percentile", "percentile-token", "random"])
 def test_each_rung_has_its_scale(kind: str) -> None:
     policy = build(kind)
     decision = policy.decide(summary(64), middle(policy, 64))
@@ -252,17 +260,70 @@ def test_percentile_never_falls(values: list[float]) -> None:
 
 
 def test_percentile_reads_its_signal_or_the_weighted_mean_of_the_known_ones() -> None:
-    weights = dict(zip(SIGNALS, (1.0, 2.0, 3.0, 4.0), strict=True))
+    weights = dict(zip(SIGNALS, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0), strict=True))
     whole = summary(3)
-    whole.valid[:] = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
+    whole.valid[:] = torch.tensor([[True] * 7, [True, False, True, *[False] * 4], [False] * 7])
     mean = whole.stats[..., 0]
     value, known = PercentilePolicy(DEFAULT_RUNGS, "complexity", weights=weights).value(whole)
-    expected = torch.stack([(mean[0] * torch.tensor([1, 2, 3, 4])).sum() / 10, (mean[1, 0] + 3 * mean[1, 2]) / 4])
+    expected = torch.stack([(mean[0] * torch.arange(1, 8)).sum() / 28, (mean[1, 0] + 3 * mean[1, 2]) / 4])
     torch.testing.assert_close(value[:2], expected)
     assert known.tolist() == [True, True, False]
     value, known = PercentilePolicy(DEFAULT_RUNGS, SIGNALS[2]).value(whole)
     assert torch.equal(value[:2], mean[:2, 2])
     assert known.tolist() == [True, True, False]
+
+
+def test_complexity_is_by_default_that_of_the_four_signals_of_the_paper() -> None:
+    whole = summary(8)
+    whole.valid[:] = True
+    columns = [SIGNALS.index(name) for name in ("entropy", "attention", "novelty", "prior")]
+    value, _ = PercentilePolicy(DEFAULT_RUNGS, "complexity").value(whole)
+    torch.testing.assert_close(value, whole.stats[:, columns, 0].mean(1))
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@given(seed=st.integers(0, 999))
+@examples(max_examples=20)
+def test_the_other_sign_mirrors_the_band(signal: str, seed: int) -> None:
+    """About a knob in the middle of a scale without ends, rungs above it become as many below."""
+    wide, values = [*range(1, 1000)], torch.rand(500, generator=torch.Generator().manual_seed(seed)) ** 2
+    up, down = (PercentilePolicy.calibrate(values, wide, signal, spread=300.0, sign=sign) for sign in (1, -1))
+    whole, knob = summary(64, seed), torch.full((64,), 500.0)
+    above, below = up.decide(whole, knob).rung - 500, down.decide(whole, knob).rung - 500
+    assert torch.equal(above, -below)
+    known = whole.valid[:, SIGNALS.index(signal)]
+    assert bool((above[~known] == 0).all())
+    assert float(above[known].float().std()) > 50
+    assert torch.equal(up.swing(*up.value(whole)), -down.swing(*down.value(whole)))
+    assert up.knob_range() == down.knob_range()
+
+
+@pytest.mark.parametrize("signal", TOKEN_SIGNALS)
+def test_percentile_of_the_token_takes_its_own_value(signal: str) -> None:
+    whole, own = summary(50), TOKEN_SIGNALS.index(signal)
+    policy = PercentilePolicy(DEFAULT_RUNGS, signal, spread=3.0, of="token")
+    # Nothing but the token itself, which is always known.
+    blank = dataclasses.replace(
+        whole, stats=torch.full_like(whole.stats, float("nan")), valid=torch.zeros_like(whole.valid),
+        first=torch.full_like(whole.first, float("nan")),
+    )  # fmt: skip
+    blank.first[:, own] = whole.first[:, own]
+    value, known = policy.value(blank)
+    assert bool(known.all())
+    assert torch.equal(value, whole.first[:, own])
+    # Without calibration the percentile is the value itself.
+    expected = (4 + 3 * (2 * whole.first[:, own] - 1)).round().long()
+    for asked in (whole, blank):
+        assert policy.decide(asked, torch.full((50,), 4.0)).rung.tolist() == expected.tolist()
+    assert expected.unique().numel() > 5
+
+
+@pytest.mark.parametrize("signal", [name for name in (*SIGNALS, "complexity") if name not in TOKEN_SIGNALS])
+def test_a_token_has_no_value_yet_of_what_the_model_puts_out(signal: str) -> None:
+    message = f"^of: expected chunk: {signal} is not known of a token before it is processed, got 'token'; correct it$"
+    for make in (PercentilePolicy, lambda *args, **kwargs: PercentilePolicy.calibrate(torch.ones(3), *args, **kwargs)):
+        with pytest.raises(ValueError, match=message):
+            make(DEFAULT_RUNGS, signal, of="token")
 
 
 @given(low=st.floats(0, 1, width=32), high=st.floats(0, 1, width=32), knob=st.floats(0, RUNGS - 1))
@@ -301,6 +362,12 @@ def test_percentile_leaves_the_knob_alone_where_nothing_is_known() -> None:
             lambda: PercentilePolicy.calibrate(torch.ones(0), DEFAULT_RUNGS, "prior"),
             "values: expected at least one finite",
         ),
+        (
+            lambda: PercentilePolicy(DEFAULT_RUNGS, "age"),
+            "signal: expected one of entropy, .*complexity, got 'age'",
+        ),
+        (lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", sign=0), "sign: expected one of 1, -1, got 0"),
+        (lambda: PercentilePolicy(DEFAULT_RUNGS, "prior", of="page"), "of: expected one of chunk, token, got 'page'"),
         (
             lambda: RandomPolicy(DEFAULT_RUNGS, 0, spread=float("nan")),
             r"spread: expected a number in \[0, 1024\]",
