@@ -14,6 +14,7 @@ from torch import Tensor
 from policy.checkpoint import PolicyCheckpoint
 from policy.contract import RankPolicy
 from policy.curve import check_budget
+from policy.difficulty import Difficulty
 from policy.fixed import FixedPolicy
 from policy.operating import Operating
 from policy.rungs import RUNG, Rung
@@ -25,6 +26,8 @@ from .loading import device_name
 
 STATIC_BLOCK_TOKENS = 512
 """Prefill block when the rung never changes: large, because no decision waits for a block to end."""
+
+CPU = torch.device("cpu")
 
 AdapterSource = str | Path | Adapter | Ladder
 """What a user may call an adapter: a PEFT folder, a hub id, a saved ladder, or either already read."""
@@ -66,6 +69,11 @@ class RunPlan:
         banks = self._by_rung([torch.tensor(ladder.bank_of) for ladder in self.ladders])
         resident = torch.tensor([ladder.highest for ladder in self.ladders])
         return Offer.of(self.rung_cost(), banks, resident)
+
+    def difficulty(self) -> Difficulty:
+        """[A, ...] token difficulty of every ladder: its own, else what the policy knows of others, else none."""
+        known = self.policy.difficulty() or Difficulty.neutral()
+        return Difficulty.stack([(ladder.difficulty or known).to(CPU) for ladder in self.ladders])
 
     def _by_rung(self, values: Sequence[Tensor]) -> Tensor:
         """[A, J] of values [J] for every ladder, the top's again where a ladder has fewer rungs than others."""

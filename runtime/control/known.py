@@ -16,7 +16,9 @@ from .state import Gathered, Held, Smoothed, over_tensors
 
 # Slices of the signal axis: views, where index lists would copy an index to the device at every block.
 MODEL_OUTPUT = slice(0, len(MODEL_SIGNALS))
-TOKEN_ONLY = slice(len(MODEL_SIGNALS), len(SIGNALS))
+OUTPUTS = slice(0, MODEL_SIGNALS.index("surprisal"))
+"""What the model puts out at a token; the surprisal is of the token behind it."""
+SURPRISAL = slice(OUTPUTS.stop, MODEL_OUTPUT.stop)
 
 
 def running_mean(mean: Tensor, seen: Tensor, values: Tensor, alpha: float) -> Tensor:
@@ -27,7 +29,7 @@ def running_mean(mean: Tensor, seen: Tensor, values: Tensor, alpha: float) -> Te
     """
     decay, kept = _decay(values.shape[1], alpha, values.device)
     first = torch.where(seen, mean, values[:, 0])
-    return first[:, None] * kept[:, None] + (decay[:, :, None] * values[:, None]).sum(2)
+    return first[:, None] * kept[:, None] + decay @ values
 
 
 @lru_cache(maxsize=16)
@@ -40,41 +42,57 @@ def _decay(length: int, alpha: float, device: torch.device) -> tuple[Tensor, Ten
 
 
 def smoothed_tokens(smoothed: Smoothed, signals: Tensor, alpha: float) -> Smoothed:
-    """[B, T, S] after every token of a block with token signals [B, T, 2]; the model's stand still."""
-    shape = (*signals.shape[:2], len(MODEL_SIGNALS))
-    own = running_mean(smoothed.mean[:, TOKEN_ONLY], smoothed.seen[:, TOKEN_ONLY], signals, alpha)
-    mean = torch.cat([smoothed.mean[:, None, MODEL_OUTPUT].expand(shape), own], 2)
-    seen = torch.cat([smoothed.seen[:, None, MODEL_OUTPUT].expand(shape), torch.ones_like(own, dtype=torch.bool)], 2)
-    return Smoothed(mean, seen)
+    """[B, T, S] after every token of a block with signals [B, T, C], the last C; the first S - C stand still."""
+    own, standing = slice(len(SIGNALS) - signals.shape[2], None), slice(0, len(SIGNALS) - signals.shape[2])
+    mean = running_mean(smoothed.mean[:, own], smoothed.seen[:, own], signals, alpha)
+    shape = (*signals.shape[:2], -1)
+    seen = torch.cat([smoothed.seen[:, None, standing].expand(shape), torch.ones_like(mean, dtype=torch.bool)], 2)
+    return Smoothed(torch.cat([smoothed.mean[:, None, standing].expand(shape), mean], 2), seen)
 
 
-def gathered_tokens(gathered: Gathered, signals: Tensor, latest: Tensor) -> Gathered:
-    """[B, T + 1, 2]: the token signals gathered before each token, and after the last, since the opening before that.
+def known_before(smoothed: Smoothed, carried: Smoothed) -> Smoothed:
+    """[B, T, S] as it is before every token is processed: what the model puts out as of the token before it."""
 
-    latest [B, T] is the index of the latest opening at or before each token, -1 for none in this block.
+    def before(after: Tensor, start: Tensor) -> Tensor:
+        outputs = torch.cat([start[:, None, MODEL_OUTPUT], after[:, :-1, MODEL_OUTPUT]], 1)
+        return torch.cat([outputs, after[..., MODEL_OUTPUT.stop :]], 2)
+
+    return over_tensors(before, smoothed, carried)
+
+
+def gathered_tokens(gathered: Gathered, signals: Tensor, latest: Tensor, longest: int) -> Gathered:
+    """[B, T + 1, C]: the signals [B, T, C], the last C, that are gathered before each token, and after the last, since
+    the opening before that.
+
+    latest [B, T] is the index of the latest opening at or before each token, -1 for none in this block; no chunk has
+    more than `longest` tokens.
     """
-    steps = torch.arange(signals.shape[1] + 1, device=signals.device)
+    reach = min(longest, signals.shape[1])
     since = torch.nn.functional.pad(latest, (1, 0), value=-1)[..., None]
-    member = (steps[:-1] < steps[:, None]) & (steps[:-1] >= since)
-    own, carried = signals[:, None] * member[..., None], since < 0
-    before = over_tensors(lambda tensor: tensor[:, None, TOKEN_ONLY], gathered)
+    before = over_tensors(lambda tensor: tensor[:, None, len(SIGNALS) - signals.shape[2] :], gathered)
+    # Of every token the ones before it as far as a chunk may reach back.
+    windows = torch.nn.functional.pad(signals, (0, 0, reach, 0)).unfold(1, reach, 1)  # [B, T + 1, C, reach]
+    index = torch.arange(signals.shape[1] + 1, device=signals.device)[:, None] - reach
+    index = index + torch.arange(reach, device=signals.device)
+    member = (index >= 0) & (index >= since)
+    own, carried = windows * member[:, :, None], since < 0
     return Gathered(
-        total=own.sum(2) + before.total * carried,
-        peak=torch.maximum(own.amax(2), before.peak * carried),
+        total=own.sum(-1) + before.total * carried,
+        peak=torch.maximum(own.amax(-1), before.peak * carried),
         last=torch.cat([before.last, signals], 1),
-        count=member.sum(2)[..., None] + before.count * carried,
+        count=member.sum(-1, keepdim=True) + before.count * carried,
     )
 
 
 def would_see(held: Held, gathered: Gathered, tokens: Gathered) -> Held:
     """[B, T, ...]: what an opening at each token sees; `tokens` are `gathered_tokens`.
 
-    What the model has put out is seen by the block's first opening and stands for those behind it.
+    What stands still is seen by the block's first opening and stands for those behind it.
     """
-    length = tokens.total.shape[1] - 1
+    length, standing = tokens.total.shape[1] - 1, len(SIGNALS) - tokens.total.shape[2]
 
     def all_signals(carried: Tensor, own: Tensor) -> Tensor:
-        return torch.cat([carried[:, None, MODEL_OUTPUT].expand(-1, length, -1), own[:, :-1]], 2)
+        return torch.cat([carried[:, None, :standing].expand(-1, length, -1), own[:, :-1]], 2)
 
     known = over_tensors(all_signals, gathered, tokens)
     fresh = known.count > 0
@@ -84,11 +102,11 @@ def would_see(held: Held, gathered: Gathered, tokens: Gathered) -> Held:
 
 def left_over(gathered: Gathered, tokens: Gathered, count: Tensor | None, opens: Tensor) -> Gathered:
     """[B, S] what waits for the next opening after a block with `count` [B] real tokens; None: all of them are."""
-    taken = opens.any(1, keepdim=True)
+    taken, standing = opens.any(1, keepdim=True), len(SIGNALS) - tokens.total.shape[2]
 
     def rest(carried: Tensor, own: Tensor) -> Tensor:
         end = own[:, -1] if count is None else pick(own, count)
-        return torch.cat([carried[:, MODEL_OUTPUT].masked_fill(taken, 0.0), end], 1)
+        return torch.cat([carried[:, :standing].masked_fill(taken, 0.0), end], 1)
 
     return over_tensors(rest, gathered, tokens)
 

@@ -2,10 +2,10 @@
 
 One state, batched over rows, advanced block by block by two pure functions:
 
-    open_block      before a pass: which of its tokens open a chunk, at which rung and scale, what gates every token
-    complete_block  after it: the model's own signals of the tokens it handled
+    open_block   before a pass: which of its tokens open a chunk, at which rung and scale, what gates every token
+    take_in      after it: the model's own signals of the tokens it handled
 
-A decision therefore sees only what is completed, plus the opening token's own novelty and prior; and it sees all of
+A decision therefore sees only what is completed, plus what follows from the opening token itself; and it sees all of
 that: what became known since the last opening waits for the next one, whichever chunk its tokens belong to. What an
 opening at each token of the block would see, and what the policy would choose there, is computed for all of them at
 once; only what depends on the token before (`recurrence`, `bucket`) goes token by token. A decode step is the block of
@@ -28,10 +28,9 @@ from policy.settings import SIGNALS, Settings
 
 from .bucket import Offer, pay
 from .known import (
-    MODEL_OUTPUT,
-    TOKEN_ONLY,
     at_end,
     gathered_tokens,
+    known_before,
     left_over,
     running_mean,
     smoothed_tokens,
@@ -72,6 +71,8 @@ class Opened:
     """[B, T] each: the chunk that the token is in."""
     held: Held
     """[B, T, ...]: what its opening saw."""
+    age: Tensor
+    """[B, T] float32 as in `Summary`."""
     weights: Tensor
     """[B, T, J] float32 over rungs, scales folded in: what gates the token."""
     active: Tensor
@@ -105,26 +106,34 @@ class Latest:
 
 def open_block(
     state: State, signals: Tensor, in_prompt: Tensor, real: Tensor, settings: Settings, policy: RankPolicy,
-    constants: Constants, *, full: bool = False,
+    constants: Constants, *, full: bool = False, outputs: Tensor | None = None,
+    rows: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[State, Opened]:  # fmt: skip
     """Decide for every token of a block that is about to be processed.
 
-    signals [B, T, 2] are the tokens' novelty and prior, in_prompt and real [B, T] bool; `full` says that none is
-    padding, where the host knows. Returns the state after the block and what was decided.
+    signals [B, T, 4] are the tokens' own, in_prompt and real [B, T] bool; `full` says that none is padding, where the
+    host knows. With outputs [B, T, 3], what the model puts out at every token and how surprising the one behind it is,
+    the block is decided as if it went through the model token by token. `rows` [B] long are the rows' numbers in their
+    batch, where these are some of them, `hidden` [B, T, 2 d] what an opening at each token sees of the model's states.
+    Returns the state after the block and what was decided.
     """
     steps = torch.arange(real.shape[1], device=real.device)
     positions, count = state.position[:, None] + steps, None if full else real.sum(1)
-    smoothed = smoothed_tokens(state.smoothed, signals, settings.chunk.smoothing)
-    complexity = token_complexity(smoothed.mean, smoothed.seen, constants.signal_weights)
-    level = levels(state.level, *class_bounds(complexity, settings.chunk, constants.thresholds), real)
-    opens, start = openings(state.chunk.start, state.chunk.level, positions, level, real, settings.chunk)
+    own = signals if outputs is None else torch.cat([outputs, signals], 2)
+    end = smoothed_tokens(state.smoothed, own, settings.chunk.smoothing)
+    smoothed = end if outputs is None else known_before(end, state.smoothed)
+    level, opens, start = _chunking(state, smoothed, positions, real, settings, constants)
     at = torch.where(opens, steps, -1).cummax(1).values
     latest = Latest(at.clamp(min=0), at >= 0)
 
-    gathered = gathered_tokens(state.gathered, signals, at)
+    gathered = gathered_tokens(state.gathered, own, at, settings.chunk.max_tokens)
     seen = would_see(state.held, state.gathered, gathered)
-    decision = _decide(policy, seen, signals, positions, state.operating.knob)
-    wish = _within_start(decision.rung.view_as(positions), state, in_prompt)
+    # Of the block's tokens the first is decided on what the model has just put out, the others on what grows old.
+    age = (1 - 1 / (1 + steps)) if outputs is None else torch.zeros_like(steps, dtype=torch.float32)
+    age = age.expand(positions.shape)
+    decision = _decide(policy, seen, signals, positions, age, state.operating.knob, rows, hidden)
+    wish = _within_start(decision.rung.view_as(positions), smoothed.seen[..., 0], state, in_prompt)
     if constants.partial:
         wish = torch.minimum(wish, state.offer.resident[:, None])
     rung, bucket = latest.holds(wish, state.chunk.rung), state.bucket
@@ -142,7 +151,7 @@ def open_block(
     after_block = State(
         position=state.position + (len(steps) if count is None else count),
         level=after(level, state.level),
-        smoothed=over_tensors(after, smoothed, state.smoothed),
+        smoothed=over_tensors(after, end, state.smoothed),
         gathered=left_over(state.gathered, gathered, count, opens),
         held=over_tensors(after, held, state.held),
         chunk=over_tensors(after, chunk, state.chunk),
@@ -150,53 +159,68 @@ def open_block(
         offer=state.offer,
         operating=state.operating,
     )
-    return after_block, Opened(opens, chunk, held, weights, active, beside)
+    return after_block, Opened(opens, chunk, held, age, weights, active, beside)
 
 
-def complete_block(state: State, outputs: Tensor, real: Tensor, settings: Settings, *, full: bool = False) -> State:
-    """Take in the model's signals of the block just processed.
+def _chunking(
+    state: State, smoothed: Smoothed, positions: Tensor, real: Tensor, settings: Settings, constants: Constants
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T] each: complexity class, where chunks open, and where each token's chunk starts."""
+    if settings.chunk.max_tokens == 1:  # every token is a chunk, whatever its class
+        return torch.zeros_like(positions), real, positions
+    complexity = token_complexity(smoothed.mean, smoothed.seen, constants.signal_weights)
+    level = levels(state.level, *class_bounds(complexity, settings.chunk, constants.thresholds), real)
+    return level, *openings(state.chunk.start, state.chunk.level, positions, level, real, settings.chunk)
 
-    outputs [B, T, 2] are entropy and attention, real [B, T] bool (False: padding, trailing); `full` as in `open_block`.
+
+def take_in(
+    state: State, values: Tensor, real: Tensor, signals: slice, settings: Settings, *, full: bool = False
+) -> State:
+    """Take in what the model has put out since the block was opened: values [B, T, C] of some signals.
+
+    real is [B, T] bool (False: padding, trailing); `full` as in `open_block`.
     """
     alpha, smoothed, gathered = settings.chunk.smoothing, state.smoothed, state.gathered
     count = None if full else real.sum(1)
-    before, seen = smoothed.mean[:, MODEL_OUTPUT], smoothed.seen[:, MODEL_OUTPUT]
-    mean = at_end(count, running_mean(before, seen, outputs, alpha), before)
+    before, seen = smoothed.mean[:, signals], smoothed.seen[:, signals]
+    mean = at_end(count, running_mean(before, seen, values, alpha), before)
     mask = real[..., None]
     now = Gathered(
-        total=gathered.total[:, MODEL_OUTPUT] + (outputs * mask).sum(1),
-        peak=torch.maximum(gathered.peak[:, MODEL_OUTPUT], outputs.masked_fill(~mask, 0.0).amax(1)),
-        last=at_end(count, outputs, gathered.last[:, MODEL_OUTPUT]),
-        count=gathered.count[:, MODEL_OUTPUT] + (real.shape[1] if count is None else count[:, None]),
+        total=gathered.total[:, signals] + (values * mask).sum(1),
+        peak=torch.maximum(gathered.peak[:, signals], values.masked_fill(~mask, 0.0).amax(1)),
+        last=at_end(count, values, gathered.last[:, signals]),
+        count=gathered.count[:, signals] + (real.shape[1] if count is None else count[:, None]),
     )
     some = torch.ones_like(seen) if count is None else seen | (count > 0)[:, None]
+
+    def joined(own: Tensor, whole: Tensor) -> Tensor:
+        return torch.cat([whole[:, : signals.start], own, whole[:, signals.stop :]], 1)
+
     return replace(
         state,
-        smoothed=Smoothed(_joined(mean, smoothed.mean), _joined(some, smoothed.seen)),
-        gathered=over_tensors(_joined, now, gathered),
+        smoothed=Smoothed(joined(mean, smoothed.mean), joined(some, smoothed.seen)),
+        gathered=over_tensors(joined, now, gathered),
     )
 
 
-def _joined(outputs: Tensor, signals: Tensor) -> Tensor:
-    """`signals` [B, S] with new values [B, 2] of what the model puts out."""
-    return torch.cat([outputs, signals[:, TOKEN_ONLY]], 1)
-
-
-def _decide(policy: RankPolicy, seen: Held, signals: Tensor, positions: Tensor, knob: Tensor) -> Decision:
+def _decide(
+    policy: RankPolicy, seen: Held, signals: Tensor, positions: Tensor, age: Tensor, knob: Tensor, rows: Tensor | None,
+    hidden: Tensor | None,
+) -> Decision:  # fmt: skip
     """The policy's choice for a chunk opening at each of the B x T tokens."""
-    rows = torch.arange(len(positions), device=positions.device)
+    rows = torch.arange(len(positions), device=positions.device) if rows is None else rows
     summary = Summary(
         seen.stats.flatten(0, 1), seen.valid.flatten(0, 1), signals.flatten(0, 1), positions.flatten(),
-        rows[:, None].expand_as(positions).flatten(),
+        rows[:, None].expand_as(positions).flatten(), age.flatten(),
+        None if hidden is None else hidden.flatten(0, 1),
     )  # fmt: skip
     return policy.decide(summary, knob[:, None].expand_as(positions).flatten())
 
 
-def _within_start(rung: Tensor, state: State, in_prompt: Tensor) -> Tensor:
-    """rung [B, T], or the start rung: before the first completed block there is nothing to decide from, and a prompt
-    never runs above it, so that a budget holds from the first token on."""
-    start, known = state.operating.start_rung[:, None], state.smoothed.seen[:, :1]
-    return torch.where(~known | (in_prompt & (rung > start)), start, rung)
+def _within_start(rung: Tensor, known: Tensor, state: State, in_prompt: Tensor) -> Tensor:
+    """rung [B, T], or the start rung: before the model has put anything out (known [B, T] bool) there is nothing to
+    decide from, and a prompt runs at it: a pass over many tokens reads what the dearest of them does."""
+    return torch.where(~known | in_prompt, state.operating.start_rung[:, None], rung)
 
 
 def _chunks(

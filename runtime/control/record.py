@@ -41,12 +41,18 @@ class Block:
     """[B, T] the chunk's scale."""
     active: Tensor
     """[B, T] long: highest rung index with any weight."""
+    weights: Tensor
+    """[B, T, J] float32 over rungs, scales folded in."""
     held: Tensor
     """[B, T, S, 3] statistics that the latest decision saw."""
     held_valid: Tensor
     """[B, T, S] bool"""
     first: Tensor
-    """[B, T, 2] the token's own novelty and prior."""
+    """[B, T, 4] the signals that follow from the token itself."""
+    age: Tensor
+    """[B, T] float32 as in `Summary`."""
+    hidden: Tensor
+    """[B, T, 2 d] as in `Summary`; d = 0 where nobody asks."""
 
 
 class Keep(IntEnum):

@@ -3,7 +3,10 @@
     entropy    H / log V of the next-token distribution          known once the model has processed the token
     novelty    share of trailing n-grams not seen in a window    known from the tokens alone
     attention  attention mass beyond the most recent pages       known once the model has processed the token
+    surprisal  -log p of a token / log V, given what is before it  known once the model has processed the token before
     prior      1 in the prompt, decaying through the response    known from the position alone
+    difficulty what a token needs of the adapter, by its id      known from the tokens alone (`policy.difficulty`)
+    pair       and by the pair that it ends
 
 Nothing here synchronises with the host. Shape legend: B rows, T tokens of this block, V vocabulary, W window.
 """
@@ -21,12 +24,22 @@ NGRAMS = (2, 3, 4)
 NO_TOKEN = -1
 
 
-def next_token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) divided by log V: [..., V] any float dtype -> [...] float32 in [0, 1]."""
-    # A token that is ruled out with -inf adds 0 to the entropy, not 0 * inf.
-    log_p = logits.float().log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax of logits [..., V] of any float dtype, float32; what is ruled out with -inf has the least number."""
+    # A token that is ruled out adds 0 to the entropy, not 0 * inf.
+    return logits.float().log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
+
+
+def next_token_entropy(log_p: Tensor) -> Tensor:
+    """Entropy of the next token divided by log V: `log_probabilities` [..., V] -> [...] float32 in [0, 1]."""
     entropy_nats = -torch.linalg.vecdot(log_p.exp(), log_p)
-    return (entropy_nats / math.log(logits.shape[-1])).clamp_(0.0, 1.0)
+    return (entropy_nats / math.log(log_p.shape[-1])).clamp_(0.0, 1.0)
+
+
+def surprisal(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of tokens [...] long, divided by log V and cut at 1: `log_probabilities` [..., V] -> [...] float32."""
+    index = tokens.clamp(0, log_p.shape[-1] - 1)[..., None]
+    return (-log_p.gather(-1, index)[..., 0] / math.log(log_p.shape[-1])).clamp_(0.0, 1.0)
 
 
 def history_tokens(window: int) -> int:

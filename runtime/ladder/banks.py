@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from policy.difficulty import Difficulty
 from policy.limits import Choice
 from policy.rungs import Rung, checked_rungs
 
@@ -106,6 +107,8 @@ class Ladder:
     """The `sample` of the whole ladder's directions, where not all are in memory to take it from."""
     quality: tuple[Mapping[str, float | None], ...] = ()
     """What every rung was measured to lose on held-out documents, where it was."""
+    difficulty: Difficulty | None = None
+    """How much of the adapter every token needs, where that was learned; no part of the fingerprint."""
 
     def __post_init__(self) -> None:
         Choice(KINDS).take("kind", self.kind)

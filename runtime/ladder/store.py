@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from policy.difficulty import MOST_CODE, Difficulty
 from policy.files import new_folder
 from policy.limits import Choice, Entries, Maybe, Number, Several, Text, Whole, refused, shown
 from policy.reading import Shapes, read_json, read_shapes
@@ -36,6 +37,8 @@ SCHEMA_VERSION = 2
 TENSORS = "ladder.safetensors"
 RECORD = "ladder.json"
 EDGES = "edges"
+DIFFICULTY = ("difficulty.token", "difficulty.pair")
+"""The tables of token difficulty, where the ladder has them."""
 AGAIN = "save the ladder again"
 _WIDTH = Whole(1, 2**31 - 1)
 _AMOUNT = Number(0, 1e300)
@@ -139,6 +142,8 @@ def _separate(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def _tensors(ladder: Ladder) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a ladder that is not empty, by its name in a file."""
     yield EDGES, ladder.edges
+    if ladder.difficulty is not None:
+        yield from zip(DIFFICULTY, (ladder.difficulty.token, ladder.difficulty.pair), strict=True)
     for number, bank in enumerate(ladder.banks):
         for name, own in bank.items():
             for half, rows in (("a", own.a), ("b", own.b)):
@@ -232,7 +237,7 @@ def _header(path: Path, record: dict[str, Any], shapes: Shapes) -> Ladder:
     expected = (len(record["rungs"]), len(record["modules"]), len(BITS))
     if shapes.get(EDGES) != (expected, torch.int64):
         raise ValueError(f"tensor {EDGES}: expected {expected} torch.int64, got {shown(shapes.get(EDGES))}; {AGAIN}")
-    names = {EDGES}
+    names = {EDGES, *DIFFICULTY}
     banks: list[dict[str, Directions]] = []
     for bank in range(max(record["bank_of"]) + 1):
         banks.append({})
@@ -245,11 +250,26 @@ def _header(path: Path, record: dict[str, Any], shapes: Shapes) -> Ladder:
         raise ValueError(f"tensor {shown(min(shapes.keys() - names))}: expected none, got one; {AGAIN}")
     with safe_open(path, framework="pt") as file:
         edges = file.get_tensor(EDGES)
+        difficulty = _difficulty(file, shapes)
     prints = record["fingerprints"]
     return Ladder(
         record["kind"], record["rungs"], tuple(banks), record["bank_of"], edges, record["scales"], prints["adapter"],
-        record["base_model"], record["resident"], prints["directions"], record["quality"],
+        record["base_model"], record["resident"], prints["directions"], record["quality"], difficulty,
     )  # fmt: skip
+
+
+def _difficulty(file: Any, shapes: Shapes) -> Difficulty | None:
+    """The tables of token difficulty in an open file; None where there are none."""
+    there = [name for name in DIFFICULTY if name in shapes]
+    for name in DIFFICULTY if there else ():
+        shape, dtype = shapes.get(name, ((), None))
+        if len(shape) != 1 or not shape[0] or dtype != torch.uint8:
+            raise ValueError(f"tensor {name}: expected some torch.uint8 codes, got {shown(shapes.get(name))}; {AGAIN}")
+    tables = {name: file.get_tensor(name) for name in DIFFICULTY if there}
+    for name, table in tables.items():
+        if int(table.max()) > MOST_CODE:
+            raise ValueError(f"tensor {name}: expected codes up to {MOST_CODE}, got {int(table.max())}; {AGAIN}")
+    return Difficulty(*tables.values()) if tables else None
 
 
 def _empty(prefix: str, width: int, shapes: Shapes) -> Rows:

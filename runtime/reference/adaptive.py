@@ -15,7 +15,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,13 @@ from policy.rungs import Rung
 
 from ..control.record import Keep
 from ..fingerprint import model_fingerprint
-from ..ladder import Directions, Ladder
+from ..ladder import Ladder
 from ..loading import check_context, require_plain
 from ..plan import AdapterSource, RunPlan, plan_run
 from .architecture import refuse_unsupported
 from .attention import probed_attention
 from .gate import AdaptedLinear
+from .placing import placed
 from .rope import rope_of_whole_call
 from .run import AdaptiveCache, AdaptiveRun
 
@@ -76,15 +76,19 @@ def adaptive(
 
 @contextmanager
 def activate(
-    model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS, checked: bool = True
+    model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS, checked: bool = True, hidden: bool = False
 ) -> Iterator[AdaptiveRun]:
-    """`adaptive` for a plan that is already settled; `checked` says that `require_servable` was asked before."""
+    """`adaptive` for a plan that is already settled; `checked` says that `require_servable` was asked before, `hidden`
+    that the model's states are recorded whatever the policy looks at."""
     with ExitStack() as undo:
         undo.enter_context(_claimed(model))
         if not checked:
             require_servable(model, plan.ladders)
         linears = [adapted_modules(model, ladder) for ladder in plan.ladders]
-        run = AdaptiveRun(model, plan, keep=keep)
+        run = AdaptiveRun(model, plan, keep=keep, hidden=hidden)
+        if run.hidden:
+            hook = model.get_output_embeddings().register_forward_pre_hook(run.hear_states)
+            undo.callback(hook.remove)
         undo.enter_context(probed_attention(model, run.probe, run.mask))
         undo.enter_context(rope_of_whole_call(model, run.call_length))
         dtype = model.dtype
@@ -92,7 +96,7 @@ def activate(
             banks = _readable(ladder)
             for name, linear in adapted.items():
                 device = next(linear.parameters()).device  # layers may lie on different devices
-                own = {bank: _placed(ladder.banks[bank][name], device, dtype) for bank in banks}
+                own = {bank: placed(ladder.banks[bank][name], device, dtype) for bank in banks}
                 forward: Callable[..., Tensor] = linear.forward
                 adapted_forward = AdaptedLinear(forward, gate, gate.column[name], own)
                 undo.enter_context(_replaced(linear, "forward", adapted_forward))
@@ -118,15 +122,6 @@ def require_servable(model: PreTrainedModel, ladders: Sequence[Ladder]) -> None:
 def _readable(ladder: Ladder) -> list[int]:
     """The banks of the rungs that are in memory."""
     return sorted(set(ladder.bank_of[: ladder.highest + 1]))
-
-
-def _placed(own: Directions, device: torch.device, dtype: torch.dtype) -> Directions:
-    """Directions on the device of the layer that reads them, none in more bits than the model computes in."""
-
-    def wide(rows: Tensor) -> Tensor:
-        return rows.to(dtype) if dtype.itemsize <= rows.dtype.itemsize else rows
-
-    return Directions(*(replace(half, wide=wide(half.wide)).to(device) for half in (own.a, own.b)))
 
 
 def _refuse_overflow(model: PreTrainedModel, ladder: Ladder) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from policy.difficulty import Difficulty
 from policy.operating import Operating
 from policy.settings import PAGE_TOKENS
 
@@ -32,7 +33,7 @@ from .attention import AttentionProbe
 from .gate import Gate
 from .kept import Chosen, LastColumns
 from .layout import Columns, Layout
-from .mask import RowMask
+from .mask import RowMask, Streams
 from .pages import PagedCache
 from .rope import CallLength
 
@@ -65,9 +66,13 @@ class AdaptiveRun:
     `keep` says what is kept of every token; `trace` needs `Keep.DECISIONS`.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS) -> None:
+    def __init__(self, model: PreTrainedModel, plan: RunPlan, *, keep: Keep = Keep.SUMS, hidden: bool = False) -> None:
         self.model, self.plan, self.keep = model, plan, keep
-        self._offer = plan.offer()
+        self.hidden = hidden or plan.policy.wants_hidden
+        """Whether the model's states are looked at."""
+        self.states: Tensor | None = None
+        """[B, T, d] the last hidden states of the pass under way."""
+        self._offer, self._difficulty = plan.offer(), plan.difficulty()
         # A copy: the caller's policy stays on its device and in its mode.
         self.policy = copy.deepcopy(plan.policy).to(model.device).eval()
         config = model.config.get_text_config(decoder=True)
@@ -108,19 +113,39 @@ class AdaptiveRun:
         *,
         prompt_tokens: Tensor | None = None,
         operating: Operating | None = None,
+        difficulty: Difficulty | None = None,
     ) -> AdaptiveCache:
         """An empty cache for `rows` sequences; pass it as `past_key_values`.
 
         The response starts at `prompt_tokens` [rows], by default at the first token; what the rows may spend is
-        `operating`, by default the plan's. Raises ValueError when that is of another number of rows.
+        `operating`, by default the plan's, and `difficulty` are the tables of every row, by default those of its
+        adapter. Raises ValueError when they are of another number of rows.
         """
-        operating = (self.plan.operating if operating is None else operating).for_rows(rows)
-        offer = self._offer.select(operating.adapter)
-        stream = Stream(
-            self.plan.settings, self.policy, operating, offer, self.model.device, prompt_tokens, keep=self.keep
-        )
+        stream = self.new_stream(rows, prompt_tokens=prompt_tokens, operating=operating, difficulty=difficulty)
         self.last = AdaptiveCache(stream)
         return self.last
+
+    def new_stream(
+        self,
+        rows: int,
+        *,
+        prompt_tokens: Tensor | None = None,
+        operating: Operating | None = None,
+        difficulty: Difficulty | None = None,
+        numbers: Tensor | None = None,
+    ) -> Stream:
+        """What decides for `rows` sequences; arguments as in `new_cache`, `numbers` as in `Stream`."""
+        operating = (self.plan.operating if operating is None else operating).for_rows(rows)
+        if difficulty is None:
+            difficulty = self._difficulty.select(operating.adapter.to(self._difficulty.token.device))
+        if len(difficulty.token) != rows or len(difficulty.pair) != rows:
+            raise ValueError(
+                f"difficulty: expected the tables of {rows} rows, got {len(difficulty.token)}; give as many"
+            )
+        return Stream(
+            self.plan.settings, self.policy, operating, self._offer.select(operating.adapter), self.model.device,
+            prompt_tokens, keep=self.keep, difficulty=difficulty, numbers=numbers, hidden=self.hidden,
+        )  # fmt: skip
 
     @torch.no_grad()
     def forward(
@@ -193,7 +218,8 @@ class AdaptiveRun:
         stream = cache.stream
         steps = torch.arange(columns.real.shape[1], device=columns.real.device)
         positions = torch.where(columns.real, stream.state.position[:, None] + steps, -1)
-        weights = stream.open_block(columns.tokens, columns.real, full=columns.full)
+        embeddings = self.embeddings(columns.tokens) if self.hidden else None
+        weights = stream.open_block(columns.tokens, columns.real, full=columns.full, embeddings=embeddings)
         if weights is not self._set:  # a static stream's stay what they are
             self._set_gates(weights, self._active(stream, weights, columns.real), stream)
         cache.begin(columns.positions, self.model.device)
@@ -206,11 +232,20 @@ class AdaptiveRun:
             use_cache=True,
         )
         if stream.static is None:
-            complexity = stream.close_block(output.logits, self.probe.attention())
+            complexity = stream.close_block(output.logits, self.probe.attention(), self.states)
             if self.probe.keeps_received:
                 cache.add_attention_mass(self.probe.received())
             cache.settle(complexity, positions)
         return output.logits
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """[B, T, d] float32 of tokens [B, T] long."""
+        found: Tensor = self.model.get_input_embeddings()(tokens)
+        return found.to(self.model.device, torch.float32)
+
+    def hear_states(self, head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Before the head of the model runs: what it is given are the last hidden states."""
+        self.states = inputs[0].to(self.model.device, torch.float32)
 
     def _active(self, stream: Stream, weights: Tensor, real: Tensor) -> list[list[int]]:
         """The rungs of every ladder that any of its real tokens runs at, on the host; weights [B, T, J]."""
@@ -239,24 +274,31 @@ class AdaptiveRun:
         self._set = None if stream.static is None else weights
 
     @torch.no_grad()
-    def gated(self, tokens: Tensor, real: Tensor, weights: Tensor) -> Tensor:
-        """One pass of the first ladder at given rung weights, without cache, signals or decisions: what targets are
-        measured with.
+    def gated(
+        self, tokens: Tensor, real: Tensor, weights: Tensor, *, streams: Streams | None = None, listen: bool = False
+    ) -> Tensor:
+        """One pass of the first ladder at given rung weights, without cache or decisions: what targets are measured
+        with.
 
         tokens [B, T] long and real [B, T] bool with padding trailing, weights [B, T, J], or [B, 1, J] for all
-        tokens of a row alike -> logits [B, T, V]. Raises ValueError for a rung that is not in memory.
+        tokens of a row alike -> logits [B, T, V]. With `streams` the T slots are those; `listen` lets the probe hear
+        the pass. Raises ValueError for a rung that is not in memory.
         """
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        steps = torch.arange(tokens.shape[1], device=tokens.device) if streams is None else streams.slots
         positions = torch.where(real, steps, -1)
         self._set = None
         self.gates[0].set(weights, _indices((weights > 0).flatten(0, -2).any(0).tolist()))
         for other in self.gates[1:]:
             other.set(weights, ())
-        self.probe.begin(None)
-        self.mask.begin(positions, real)
+        self.probe.begin(positions if listen else None)
+        self.mask.begin(positions, real, streams)
         position_ids = positions.clamp(min=0)
-        # any mask at all: without one and without a cache transformers looks for several texts packed into a row
-        return self._forward(input_ids=tokens, attention_mask=real, position_ids=position_ids, use_cache=False).logits
+        with self.call_length.of(int(steps[-1]) + 1):
+            # any mask at all: without one and without a cache transformers looks for several texts packed into a row
+            output = self._forward(
+                input_ids=tokens, attention_mask=real, position_ids=position_ids, use_cache=False
+            )  # fmt: skip
+        return output.logits
 
     def mean_rank(self) -> tuple[float, float]:
         """Byte-weighted mean active rank of the latest sequences over (response, prompt) tokens.

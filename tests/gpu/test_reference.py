@@ -94,7 +94,7 @@ def test_truncated_rung_equals_its_export(
     model, ids = tiny_llama_factory().to(device), random_ids(2, 50)
     with adaptive(model, tiny_adapter, rung=rung):
         logits = model(input_ids=ids).logits
-    peft = with_peft(model, export_rung(ladder, rung, tmp_path / "rung"))
+    peft = with_peft(model, export_rung(ladder.with_rungs((rung,)), rung, tmp_path / "rung"))
     torch.testing.assert_close(logits, peft(input_ids=ids).logits, atol=1e-4, rtol=0)
 
 
@@ -113,7 +113,7 @@ def test_every_rung_in_few_bits_is_what_it_is_on_the_cpu(tiny_llama_factory, cod
 def test_tokens_at_every_rung_in_few_bits_are_what_they_are_on_the_cpu(
     tiny_llama_factory, coded, random_ids, device, fade
 ):
-    settings = Settings(block_tokens=5, fade_tokens=fade, chunk=ChunkSettings(4, 6))
+    settings = Settings(block_tokens=5, fade_tokens=fade, chunk=ChunkSettings(4, 7))
     plan = RunPlan((coded,), PositionPolicy(coded.rungs, 1), settings, Operating.at(torch.tensor([0.0, 3.0]), 5))
     model, ids, found = tiny_llama_factory(), random_ids(2, 90), []
     for place in ("cpu", device):
@@ -154,7 +154,8 @@ def test_rows_at_different_rungs_equal_rows_alone(tiny_llama_factory, fixed_plan
     model, ids = tiny_llama_factory().to(device), random_ids(3, 60)
     knobs = torch.tensor([0.0, 2.0, 3.0])
     # the rung changes after the first block, and fades
-    with activate(model, fixed_plan(block_tokens=8, fade_tokens=4)) as run:
+    plan = fixed_plan(block_tokens=8, fade_tokens=4, chunk=ChunkSettings(4, 16))
+    with activate(model, plan) as run:
         together = model(input_ids=ids, past_key_values=run.new_cache(3, operating=Operating.at(knobs, 3))).logits
         for row, knob in enumerate(knobs):
             alone = model(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from policy import SIGNALS, Decision, Operating, RankPolicy, Settings, Summary
+from policy.difficulty import PAIRS, Difficulty
+from policy.rungs import Rung, nearest_rung
 from runtime import Adapter, Ladder
 from runtime.control.stream import Stream
 from runtime.fingerprint import adapter_fingerprint
@@ -19,7 +21,9 @@ from runtime.ladder import Directions, svd_factors
 from runtime.ladder.factors import exact_bank
 from runtime.ladder.formats import BITS, encode
 
-OUTPUTS, TOKENS = (0, 1), (2, 3)
+OUTPUTS, SURPRISAL, TOKENS = (0, 1), 2, (3, 4, 5, 6)
+"""Of every signal its place: what the model puts out at a token and what it thinks of the next one, what follows from
+the tokens."""
 
 
 class PositionPolicy(RankPolicy):
@@ -63,11 +67,74 @@ class FeaturePolicy(RankPolicy):
         return {}
 
 
-def naive_entropy(logits: Sequence[float]) -> float:
+class AgePolicy(RankPolicy):
+    """The rung says how many tokens lie between the opening one and what the model has put out last."""
+
+    kind: ClassVar[str] = "age"
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        assert summary.age is not None
+        behind = (1 / (1 - summary.age)).round().long() - 1
+        rungs = len(self.rungs)
+        return Decision((3 * behind + knob.long()) % rungs, torch.linspace(0.8, 1, rungs).expand(len(behind), -1))
+
+    def knob_range(self) -> tuple[float, float]:
+        return 0.0, float(len(self.rungs) - 1)
+
+
+class WavyPolicy(RankPolicy):
+    """Its rung swings with every feature, so that one wrong signal shows, and a rounding hardly ever does."""
+
+    kind: ClassVar[str] = "wavy"
+
+    def __init__(self, rungs: Sequence[Rung], seed: int = 0) -> None:
+        super().__init__(rungs)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("weights", 20 * torch.randn(Summary.FEATURES, generator=generator))
+
+    def decide(self, summary: Summary, knob: Tensor) -> Decision:
+        swing = 1 + torch.sin(knob + summary.features() @ self.weights)
+        rung = nearest_rung(swing * (len(self.rungs) - 1) / 2, len(self.rungs))
+        return Decision(rung, 1 - 0.1 * rung[:, None] * torch.ones(len(self.rungs)))
+
+    def knob_range(self) -> tuple[float, float]:
+        return 0.0, 6.0
+
+
+def drawn_tables(seed: int, vocabulary: int = 256, pairs: int = PAIRS) -> Difficulty:
+    """Tables in which every code is as likely as any other."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (vocabulary, pairs)
+    return Difficulty(*(torch.randint(0, 255, (size,), generator=generator, dtype=torch.uint8) for size in sizes))
+
+
+def naive_shares(logits: Sequence[float]) -> list[float]:
     top = max(logits)
     weights = [math.exp(x - top) for x in logits]
-    shares = [w / sum(weights) for w in weights]
+    return [w / sum(weights) for w in weights]
+
+
+def naive_entropy(logits: Sequence[float]) -> float:
+    shares = naive_shares(logits)
     return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))
+
+
+def naive_surprisal(logits: Sequence[float], token: int) -> float:
+    """How surprising a token is under the logits before it, of log V and no more."""
+    share = naive_shares(logits)[token]
+    return min(1.0, -math.log(share) / math.log(len(logits))) if share else 1.0
+
+
+def naive_difficulty(tokens: Sequence[int], codes: Sequence[int], pairs: Sequence[int]) -> list[tuple[float, float]]:
+    """What two tables of codes say of every token and of the pair that it ends; what they say nothing of is average."""
+    found, before = [], None
+    for token in tokens:
+        own = codes[token] if token < len(codes) else 127
+        entry = 0 if before is None else (before * 1_000_003 + token * 8_191 + 1) % (2**31 - 1) % 2**16
+        pair = 127 if before is None or entry >= len(pairs) else pairs[entry]
+        found.append((own / 254, pair / 254))
+        before = token
+    return found
 
 
 def naive_novelty(tokens: Sequence[int], window: int) -> list[float]:
@@ -93,11 +160,14 @@ class NaiveChunk:
     scale: float
     held: list[tuple[float, float, float] | None]
     """Per signal mean, max and last value that the decision saw."""
+    age: float
+    """1 - 1 / (1 + n), n tokens behind what the model had put out."""
     tokens: list[int] = field(default_factory=list)
 
 
 def naive_chunks(
     outputs: Tensor,
+    surprisals: Sequence[float],
     token_signals: Tensor,
     prompt_tokens: int,
     blocks: Sequence[int],
@@ -110,23 +180,26 @@ def naive_chunks(
 ) -> tuple[list[NaiveChunk], list[list[float]]]:
     """Chunks and rung weights of one row, by the definition, one token at a time.
 
-    outputs [T, 2] (entropy, attention) and token_signals [T, 2] (novelty, prior); `blocks` are the lengths of the
-    forward passes. A model output is known once its pass has ended, and is seen by the first opening after that. A
-    prompt never runs above the start rung, no chunk above the `resident` one, and no chunk opens at a rung that the
-    budget could not pay for as long as the chunk may last, with its fade behind it. `cost` [J] are the rungs' costs and
-    `banks` [J] what each reads: of two rungs of one bank a fade reads the dearer, of two banks it reads both.
+    outputs [T, 2] (entropy, attention), surprisals [T] of every token, the first of which means nothing, and
+    token_signals [T, 4] (novelty, prior, difficulty, pair); `blocks` are the lengths of the forward passes. A model
+    output is known once its pass has ended, and is seen by the first opening after that; how surprising a token is
+    follows from the output before it, so that of the first token of a pass is known when the pass begins. A prompt runs
+    at the start rung, no chunk above the `resident` one, and no chunk opens at a rung that the budget could not pay for
+    as long as the chunk may last, with its fade behind it. `cost` [J] are the rungs' costs and `banks` [J] what each
+    reads: of two rungs of one bank a fade reads the dearer, of two banks it reads both.
     """
     chunk, rungs, known = settings.chunk, len(policy.rungs), 0
     knob, start_rung, budget = float(operating.knob), int(operating.start_rung), float(operating.budget)
     balance, fade = 64 * budget, settings.fade_tokens - 1
-    waiting: list[list[int]] = [[], [], [], []]  # per signal the tokens whose value no opening has seen
-    smoothed: list[float | None] = [None] * 4
-    held: list[tuple[float, float, float] | None] = [None] * 4
+    count = len(SIGNALS)
+    waiting: list[list[int]] = [[] for _ in SIGNALS]  # per signal the tokens whose value no opening has seen
+    smoothed: list[float | None] = [None] * count
+    held: list[tuple[float, float, float] | None] = [None] * count
     level, chunks, weights, opened_level = 0, [], [], 0
     fade_from: list[float] = []
     fade_to: list[float] = []
     ends = torch.tensor(blocks).cumsum(0).tolist()
-    values = torch.cat([outputs, token_signals], -1).tolist()
+    values = torch.cat([outputs, torch.tensor(surprisals)[:, None], token_signals], -1).tolist()
     signal_weights = [chunk.weights[name] for name in SIGNALS]
 
     def smooth(signal: int, value: float) -> None:
@@ -134,6 +207,9 @@ def naive_chunks(
         smoothed[signal] = value if before is None else before + chunk.smoothing * (value - before)
 
     for t in range(len(values)):
+        if t and t == known:
+            smooth(SURPRISAL, values[t][SURPRISAL])
+            waiting[SURPRISAL].append(t)
         for signal in TOKENS:
             smooth(signal, values[t][signal])
         parts = [(w, s) for w, s in zip(signal_weights, smoothed, strict=True) if s is not None]
@@ -146,18 +222,17 @@ def naive_chunks(
         length = t - chunks[-1].start if chunks else 0
         changed = length >= chunk.min_tokens and level != opened_level
         if not chunks or length >= chunk.max_tokens or changed:
-            for signal in range(4):
+            for signal in range(count):
                 column = [values[i][signal] for i in waiting[signal]]
                 if column:
                     held[signal] = (sum(column) / len(column), max(column), column[-1])
                 waiting[signal] = []
             stats = torch.tensor([h or (0.0, 0.0, 0.0) for h in held])[None]
             valid = torch.tensor([[h is not None for h in held]])
-            summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]))
+            age = 1 - 1 / (1 + t - known)
+            summary = Summary(stats, valid, token_signals[t][None], torch.tensor([t]), age=torch.tensor([age]))
             decision = policy.decide(summary, torch.tensor([knob]))
-            rung = start_rung
-            if known and (t >= prompt_tokens or int(decision.rung) <= start_rung):
-                rung = int(decision.rung)
+            rung = int(decision.rung) if known and t >= prompt_tokens else start_rung
             rung = min(rung, resident)
 
             def excess(j: int) -> float:
@@ -173,7 +248,7 @@ def naive_chunks(
             while rung and not payable(rung):
                 rung -= 1
             scale = float(decision.scales[0, rung])
-            chunks.append(NaiveChunk(t, rung, scale, list(held)))
+            chunks.append(NaiveChunk(t, rung, scale, list(held), age))
             opened_level = level
             fade_to = [scale * (j == rung) for j in range(rungs)]
             fade_from = weights[-1] if weights else fade_to
@@ -187,7 +262,7 @@ def naive_chunks(
         balance = min(balance + budget - spent, 64 * budget)
         if t + 1 in ends:
             for i in range(known, t + 1):
-                for signal in OUTPUTS:
+                for signal in OUTPUTS if i == known else (*OUTPUTS, SURPRISAL):
                     smooth(signal, values[i][signal])
                     waiting[signal].append(i)
             known = t + 1

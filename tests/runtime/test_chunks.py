@@ -1,25 +1,33 @@
 """The state machine against the definition token by token, and every promise DESIGN sections 5 and 6 make about it."""
 
+from functools import lru_cache
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from policy import FADES, SIGNALS, ChunkSettings, FixedPolicy, Operating, PercentilePolicy, Settings, SignalSettings
+from policy.difficulty import PAIRS, Difficulty
 from policy.operating import UNLIMITED
 from runtime.control.bucket import SLACK_TOKENS, Offer
-from runtime.control.record import RESPONSE, Keep, trace
+from runtime.control.record import RESPONSE, Keep, Record, trace
 from runtime.control.recurrence import class_bounds, levels
-from runtime.control.signals import next_token_entropy, positional_prior
+from runtime.control.signals import positional_prior
 from runtime.control.stream import Stream
 from tests.runtime.reference import (
+    AgePolicy,
     FeaturePolicy,
     PositionPolicy,
+    drawn_tables,
     drive,
     naive_chunks,
+    naive_difficulty,
+    naive_entropy,
     naive_novelty,
+    naive_surprisal,
     row_of,
     weights_of,
 )
@@ -30,21 +38,29 @@ COST = torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0], dtype=torch.float64)
 BANKS = torch.tensor([0, 0, 1, 1, 2])
 """Of the rungs above: from one to the next there are fades within a bank, and fades from bank to bank."""
 BUDGETS = (UNLIMITED, 0.0, 0.07, 0.25, 0.41, 1.0)
-ENTROPY, ATTENTION, NOVELTY, PRIOR = range(len(SIGNALS))
+ENTROPY, ATTENTION, SURPRISAL, NOVELTY, PRIOR, DIFFICULTY, PAIR = range(len(SIGNALS))
+VOCABULARY = 6
+WEIGHTS = [
+    (1, 1, 0, 1, 1, 0, 0), (1, 0, 0, 0, 0, 0, 0), (0, 0, 0, 1, 0, 0, 0), (0.5, 1, 0, 2, 0.25, 0, 0),
+    (0, 1, 0, 0, 1, 0, 0), (0, 0, 1, 0, 0, 0, 0), (0.25, 0.5, 2, 0, 0, 1, 0.75), (0, 0, 0, 0, 0, 1, 1),
+]  # fmt: skip
 
 
 @st.composite
 def settings_strategy(draw):
     fade = draw(st.sampled_from(FADES))
     least = draw(st.integers(fade, max(fade, 6)))
-    weights = draw(st.sampled_from([(1, 1, 1, 1), (1, 0, 0, 0), (0, 0, 1, 0), (0.5, 1, 2, 0.25), (0, 1, 0, 1)]))
+    most = draw(st.integers(least, least + 5))
+    if draw(st.integers(0, 3)) == 0:
+        fade = least = most = 1  # every token a chunk, as by default
+    weights = draw(st.sampled_from(WEIGHTS))
     return Settings(
         block_tokens=draw(st.integers(1, 12)),
         fade_tokens=fade,
         signals=SignalSettings(novelty_window_tokens=8, prior_decay_tokens=draw(st.integers(1, 20))),
         chunk=ChunkSettings(
             least,
-            draw(st.integers(least, least + 5)),
+            most,
             dict(zip(SIGNALS, weights, strict=True)),
             draw(st.sampled_from([0.3, 0.5, 1.0])),
             # numbers that no mean of signals hits exactly: the two sides of a comparison round differently
@@ -58,19 +74,31 @@ def complexity_policy(rungs):
     return PercentilePolicy(rungs, "complexity", scales=torch.tensor([1.2, 1.1, 1.05, 1.25, 1.0]), spread=4.0)
 
 
-policies = st.sampled_from([complexity_policy, PositionPolicy])
+def surprisal_policy(rungs):
+    return PercentilePolicy(rungs, "surprisal", torch.linspace(0.1, 0.9, 101), spread=4.0, sign=-1)
+
+
+def pair_policy(rungs):
+    return PercentilePolicy(rungs, "pair", spread=4.0, of="token")
+
+
+policies = st.sampled_from([complexity_policy, PositionPolicy, surprisal_policy, pair_policy, AgePolicy])
 
 
 @st.composite
 def batches(draw, most_rows=3):
-    """(tokens [B, T], lengths, logits [B, T, 6], attention [B, T], prompt tokens [B])"""
+    """(tokens [B, T], lengths, logits [B, T, VOCABULARY], attention [B, T], prompt tokens [B])"""
     lengths = draw(st.lists(st.integers(1, 45), min_size=1, max_size=most_rows))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     shape = (len(lengths), max(lengths))
-    tokens = torch.randint(0, draw(st.integers(1, 6)), shape, generator=generator)
+    tokens = torch.randint(0, draw(st.integers(1, VOCABULARY)), shape, generator=generator)
     # stretches of easy and of hard text: the class must really change
     sharpness = torch.randint(0, 2, (shape[0], shape[1] // 7 + 1, 1), generator=generator).repeat_interleave(7, 1)
-    logits = torch.randn(*shape, 6, generator=generator) * (0.2 + 6 * sharpness[:, : shape[1]])
+    logits = torch.randn(*shape, VOCABULARY, generator=generator) * (0.2 + 6 * sharpness[:, : shape[1]])
+    # some tokens are ruled out, the first never
+    logits[..., 1:] = logits[..., 1:].masked_fill(
+        torch.rand(logits[..., 1:].shape, generator=generator) < 0.1, -torch.inf
+    )
     attention = torch.rand(shape, generator=generator)
     prompts = torch.tensor([draw(st.integers(0, length)) for length in lengths])
     return tokens, lengths, logits, attention, prompts
@@ -89,9 +117,30 @@ def offers(prompts):
     return Offer.of(COST.expand(len(prompts), -1), BANKS.expand(len(prompts), -1), resident)
 
 
-def make_stream(settings, policy, operating, prompts=None, keep=Keep.DECISIONS):
+@lru_cache(maxsize=64)
+def tables_of(prompt):
+    """Tables of a row that say nothing of the last token, and some of them nothing of half the pairs."""
+    return drawn_tables(prompt, VOCABULARY - 1, PAIRS if prompt % 3 else PAIRS // 2)
+
+
+def make_stream(settings, policy, operating, prompts=None, keep=Keep.DECISIONS, hidden=False):
     offer = offers(torch.zeros(len(operating)) if prompts is None else prompts)
-    return Stream(settings, policy, operating, offer, CPU, prompts, keep=keep)
+    difficulty = None if prompts is None else Difficulty.stack([tables_of(prompt) for prompt in prompts.tolist()])
+    return Stream(settings, policy, operating, offer, CPU, prompts, keep=keep, difficulty=difficulty, hidden=hidden)
+
+
+def naive_signals(settings, batch, row):
+    """Of one row: outputs [T, 2], the surprisal of every token, and the signals [T, 4] that follow from its tokens."""
+    tokens, lengths, logits, attention, prompts = batch
+    length, own = lengths[row], tokens[row, : lengths[row]].tolist()
+    rows = logits[row, :length].tolist()
+    outputs = torch.stack([torch.tensor([naive_entropy(one) for one in rows]), attention[row, :length]], -1)
+    surprisals = [0.0, *(naive_surprisal(one, token) for one, token in zip(rows, own[1:], strict=False))]
+    novelty = naive_novelty(own, settings.signals.novelty_window_tokens)
+    prior = positional_prior(torch.arange(length)[None], prompts[row, None], settings.signals.prior_decay_tokens)[0]
+    tables = tables_of(int(prompts[row]))
+    difficulty = torch.tensor(naive_difficulty(own, tables.token.tolist(), tables.pair.tolist()))
+    return outputs, surprisals, torch.cat([torch.tensor(novelty)[:, None], prior[:, None], difficulty], 1)
 
 
 def read_at(weights):
@@ -112,7 +161,7 @@ def run(settings, policy, batch, rows=slice(None), limited=True):
 def assert_same_decisions(one, other):
     for name in ("positions", "opens", "rung", "active", "held_valid"):
         assert torch.equal(one[name], other[name]), name
-    for name in ("scale", "held", "first"):
+    for name in ("scale", "held", "first", "age"):
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-6)
 
 
@@ -120,18 +169,15 @@ def assert_same_decisions(one, other):
 def test_decisions_equal_the_definition(settings, policy_of, batch):
     policy = policy_of(RUNGS)
     record = run(settings, policy, batch).columns()
-    tokens, lengths, logits, attention, prompts = batch
+    lengths, prompts = batch[1], batch[4]
     operating = spends(batch)
     for row, length in enumerate(lengths):
-        outputs = torch.stack([next_token_entropy(logits[row]), attention[row]], -1)[:length]
-        novelty = naive_novelty(tokens[row, :length].tolist(), settings.signals.novelty_window_tokens)
-        prior = positional_prior(torch.arange(length)[None], prompts[row, None], settings.signals.prior_decay_tokens)[0]
+        outputs, surprisals, signals = naive_signals(settings, batch, row)
         blocks = [min(settings.block_tokens, length - i) for i in range(0, length, settings.block_tokens)]
-        signals = torch.stack([torch.tensor(novelty), prior], -1)
         own_spends = operating.select(torch.tensor([row]))
         chunks, naive_weights = naive_chunks(
-            outputs, signals, int(prompts[row]), blocks, settings, policy, own_spends, COST.tolist(), BANKS.tolist(),
-            int(offers(prompts).resident[row]),
+            outputs, surprisals, signals, int(prompts[row]), blocks, settings, policy, own_spends, COST.tolist(),
+            BANKS.tolist(), int(offers(prompts).resident[row]),
         )  # fmt: skip
         weights = weights_of(record, settings, len(RUNGS))
 
@@ -140,6 +186,8 @@ def test_decisions_equal_the_definition(settings, policy_of, batch):
         assert starts == [chunk.start for chunk in chunks]
         assert got["rung"][starts].tolist() == [chunk.rung for chunk in chunks]
         assert got["scale"][starts].tolist() == pytest.approx([chunk.scale for chunk in chunks], abs=1e-6)
+        assert got["age"][starts].tolist() == pytest.approx([chunk.age for chunk in chunks], abs=1e-6)
+        torch.testing.assert_close(got["first"], signals, atol=1e-6, rtol=1e-6)
         for start, chunk in zip(starts, chunks, strict=True):
             assert got["held_valid"][start].tolist() == [held is not None for held in chunk.held]
             for signal, held in enumerate(chunk.held):
@@ -147,6 +195,7 @@ def test_decisions_equal_the_definition(settings, policy_of, batch):
                     torch.testing.assert_close(got["held"][start, signal], torch.tensor(held), atol=1e-5, rtol=1e-5)
         own = weights[row][record["real"][row]]
         torch.testing.assert_close(own, torch.tensor(naive_weights).double(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(got["weights"].double(), own, atol=1e-6, rtol=0)
 
 
 @given(settings_strategy(), policies, batches())
@@ -232,14 +281,19 @@ def test_signals_are_valid_once_they_exist(settings, batch):
         got = row_of(record, row)
         chunk = got["opens"].long().cumsum(0)
         assert not got["held_valid"][chunk == 1].any(), "nothing is known when the first chunk opens"
-        assert got["held_valid"][chunk > 1][:, [NOVELTY, PRIOR]].all(), "tokens are known when their chunk has closed"
-        outputs = got["held_valid"][:, [ENTROPY, ATTENTION]]
+        tokens = got["held_valid"][chunk > 1][:, [NOVELTY, PRIOR, DIFFICULTY, PAIR]]
+        assert tokens.all(), "tokens are known when their chunk has closed"
+        outputs = got["held_valid"][:, [ENTROPY, ATTENTION, SURPRISAL]]
         assert not outputs[: settings.block_tokens].any(), "the model has put out nothing within the first block"
         # the first chunk that opens after a block holds tokens of a completed block
         late = (chunk > 1) & (torch.arange(len(chunk)) >= settings.block_tokens + settings.chunk.max_tokens)
         assert outputs[late].all()
         assert (got["held_valid"].long().diff(dim=0) >= 0).all(), "what is known stays known"
-        assert ((got["held"] >= 0) & (got["held"] <= 1)).all()
+        # an opening at a pass's first token sees at once how surprising that is, and what was put out before it
+        at_once = got["opens"] & (got["positions"] % settings.block_tokens == 0) & (got["positions"] > 0)
+        assert outputs[at_once].all()
+        for name in ("held", "first", "age"):
+            assert ((got[name] >= 0) & (got[name] <= 1)).all(), name
 
 
 @given(settings_strategy(), policies, batches())
@@ -358,43 +412,112 @@ def test_prompt_counts_as_hard_and_the_response_less_and_less():
     assert first[1, 1] < 1
 
 
-@given(settings_strategy(), batches(), st.data())
-def test_selected_rows_go_on_independently(settings, batch, data):
-    lengths = batch[1]
+@examples(max_examples=40)
+@given(settings_strategy(), policies, batches(), st.data())
+def test_selected_rows_go_on_independently(settings, policy_of, batch, data):
+    """Other tokens may follow each copy of a row; it goes on as the row would alone, and what it is copied from too."""
+    rows, policy = len(batch[1]), policy_of(RUNGS)
+    stream = run(settings, policy, batch)
+    index = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    for going_on, sources in ((stream.select_rows(torch.tensor(index)), index), (stream, range(rows))):
+        shape = (len(sources), settings.block_tokens + 2)
+        tokens, attention = (
+            torch.randint(0, VOCABULARY, shape, generator=generator),
+            torch.rand(shape, generator=generator),
+        )
+        logits = 3 * torch.randn(*shape, VOCABULARY, generator=generator)
+        going_on.record = Record()
+        drive(going_on, tokens, [shape[1]] * shape[0], logits, attention, settings.block_tokens)
+        for row, source in enumerate(sources):
+            alone = run(settings, policy, batch, rows=slice(source, source + 1))
+            alone.record = Record()
+            part = slice(row, row + 1)
+            drive(alone, tokens[part], [shape[1]], logits[part], attention[part], settings.block_tokens)
+            assert_same_decisions(row_of(going_on.columns(), row), row_of(alone.columns(), 0))
+            assert torch.equal(going_on.sums.counts[row], alone.sums.counts[0])
+
+
+@given(batches(), st.data())
+def test_a_copy_of_a_row_knows_how_surprising_its_next_token_is(batch, data):
+    """By what its source expected, wherever the source's last token was in its block."""
+    lengths, logits = batch[1:3]
+    settings = Settings(block_tokens=data.draw(st.integers(1, 12)))
     stream = run(settings, PositionPolicy(RUNGS), batch)
-    index = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
+    index = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=5))
     copy = stream.select_rows(torch.tensor(index))
-    more = torch.arange(5).repeat(len(lengths), 1)
-    shape = (len(lengths), 5)
-    copy.open_block(more[index], torch.ones(len(index), 5, dtype=torch.bool))
-    stream.open_block(more, torch.ones(shape, dtype=torch.bool))
-    for name in ("positions", "opens", "rung", "scale", "held"):
-        assert torch.equal(getattr(copy.block, name), getattr(stream.block, name)[index]), name
-    assert torch.equal(copy.sums.counts, stream.sums.counts[index])
+    following = torch.randint(0, VOCABULARY, (len(index), 1), generator=torch.Generator().manual_seed(lengths[0]))
+    copy.open_block(following, torch.ones_like(following, dtype=torch.bool))
+    for at, row in enumerate(index):
+        expected = naive_surprisal(logits[row, lengths[row] - 1].tolist(), int(following[at]))
+        assert copy.block.held_valid[at, 0, SURPRISAL]
+        assert float(copy.block.held[at, 0, SURPRISAL, 2]) == pytest.approx(expected, abs=1e-5)
+
+
+@examples(max_examples=60)
+@given(settings_strategy(), policies, batches(), st.data())
+def test_a_row_that_waits_for_others_decides_as_it_does_alone(settings, policy_of, batch, data):
+    """Its first token may come in any block, some blocks hold none of its own, and padding says nothing."""
+    tokens, lengths, logits, attention, prompts = batch
+    rows, most, policy, operating = len(lengths), settings.block_tokens, policy_of(RUNGS), spends(batch)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    together = make_stream(settings, policy, operating, prompts, hidden=True)
+    alone = [
+        make_stream(settings, policy, operating.select(row), prompts[row], hidden=True)
+        for row in torch.arange(rows)[:, None]
+    ]
+    first, done = [data.draw(st.integers(0, 3)) for _ in range(rows)], [0] * rows
+    for block in range(12):
+        counts = [
+            min(data.draw(st.integers(0, most)), lengths[row] - done[row]) if block >= first[row] else 0
+            for row in range(rows)
+        ]
+        shape = (rows, max(1, *counts))
+        ids, heard = torch.randint(0, VOCABULARY, shape, generator=generator), torch.rand(shape, generator=generator)
+        put_out = 4 * torch.randn(*shape, VOCABULARY, generator=generator)
+        embeddings, states = torch.randn(2, *shape, 3, generator=generator)
+        for row, count in enumerate(counts):
+            part = slice(done[row], done[row] + count)
+            for whole, own in ((ids, tokens), (put_out, logits), (heard, attention)):
+                whole[row, :count] = own[row, part]
+            if count:  # alone it waits for nobody
+                own, own_states = embeddings[row, None, :count], states[row, None, :count]
+                real = torch.ones(1, count, dtype=torch.bool)
+                alone[row].open_block(tokens[row, None, part], real, full=True, embeddings=own)
+                alone[row].close_block(logits[row, None, part], attention[row, None, part], own_states)
+            done[row] += count
+        together.open_block(ids, torch.arange(shape[1]) < torch.tensor(counts)[:, None], embeddings=embeddings)
+        together.close_block(put_out, heard, states)
+    for row in range(rows):
+        if done[row]:
+            one, other = row_of(together.columns(), row), row_of(alone[row].columns(), 0)
+            assert_same_decisions(one, other)
+            assert torch.equal(one["hidden"], other["hidden"])
+            torch.testing.assert_close(one["complexity"], other["complexity"], atol=1e-6, rtol=1e-6)
 
 
 @given(settings_strategy(), batches())
 def test_complexity_of_every_token_is_the_weighted_mean_of_its_signals(settings, batch):
-    tokens, lengths, logits, attention, prompts = batch
+    """Surprisal is none of them: that of the token behind the last is not known when its page is judged."""
     stream = run(settings, PositionPolicy(RUNGS), batch)
-    weights = torch.tensor([settings.chunk.weights[name] for name in SIGNALS])
-    for row, length in enumerate(lengths):
-        window, decay = settings.signals.novelty_window_tokens, settings.signals.prior_decay_tokens
-        novelty = torch.tensor(naive_novelty(tokens[row, :length].tolist(), window))
-        prior = positional_prior(torch.arange(length)[None], prompts[row, None], decay)[0]
-        signals = torch.stack([next_token_entropy(logits[row, :length]), attention[row, :length], novelty, prior], -1)
-        expected = (signals * weights).sum(-1) / weights.sum()
+    weights = torch.tensor([settings.chunk.weights[name] for name in SIGNALS if name != "surprisal"])
+    for row in range(len(batch[1])):
+        outputs, _, own = naive_signals(settings, batch, row)
+        expected = (torch.cat([outputs, own], -1) * weights).sum(-1) / (weights.sum() or 1.0)
         complexity = row_of(stream.columns(), row)["complexity"]
         torch.testing.assert_close(complexity, expected, atol=1e-6, rtol=1e-5)
         assert ((complexity >= 0) & (complexity <= 1)).all()
 
 
-@given(settings_strategy(), batches())
-def test_a_prompt_never_runs_above_the_start_rung(settings, batch):
-    record = run(settings, PositionPolicy(RUNGS), batch).columns()
+@given(settings_strategy(), policies, batches(), st.booleans())
+def test_a_prompt_runs_at_the_start_rung(settings, policy_of, batch, limited):
+    """Or below it, where that is not in memory or the budget cannot pay for it."""
+    record = run(settings, policy_of(RUNGS), batch, limited=limited).columns()
     in_prompt = record["real"] & record["opens"] & (record["positions"] < batch[-1][:, None])
-    start = spends(batch).start_rung[:, None].expand_as(in_prompt)
+    start = torch.minimum(spends(batch).start_rung, offers(batch[4]).resident)[:, None].expand_as(in_prompt)
     assert (record["rung"][in_prompt] <= start[in_prompt]).all()
+    if not limited:
+        assert torch.equal(record["rung"][in_prompt], start[in_prompt])
 
 
 @given(settings_strategy(), policies, batches(), st.sampled_from([0.0, 0.07, 0.25, 0.41, 0.8]))

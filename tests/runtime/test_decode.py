@@ -1,13 +1,15 @@
 """`forward` with blocks of one token and step-by-step decode take the same decisions, token for token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from policy import ChunkSettings, KVSettings, PercentilePolicy
+from policy import SIGNALS, ChunkSettings, KVSettings, PercentilePolicy
 from runtime import build_ladder, load_adapter
 from runtime.control.record import Keep
 from runtime.reference.adaptive import activate
-from tests.runtime.reference import row_of
+from tests.runtime.reference import WavyPolicy, drawn_tables, row_of
 
 DOCUMENTS, TOKENS = 50, 96
 KV = KVSettings("int8", "int4", threshold=0.5, sink_pages=1, window_tokens=32)
@@ -56,14 +58,35 @@ def test_forward_by_single_tokens_equals_decode_on_fifty_documents(
     torch.testing.assert_close(torch.cat(steps, 1)[real], whole.logits[real], atol=1e-4, rtol=0)
 
 
-def test_generated_tokens_are_decided_as_forward_decides_them(tiny_llama, llama_adapter, make_plan):
-    plan = make_plan(
-        build_ladder(load_adapter(llama_adapter)),
-        lambda rungs: PercentilePolicy(rungs, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
-        knob=1.6,
-        block_tokens=1,
-        chunk=ChunkSettings(2, 6),
-    )
+def by_complexity(rungs):
+    return PercentilePolicy(rungs, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0)
+
+
+def by_surprisal(rungs):
+    return PercentilePolicy(rungs, "surprisal", torch.linspace(0.5, 1, 101), spread=3.0, sign=-1)
+
+
+def by_pair(rungs):
+    return PercentilePolicy(rungs, "pair", spread=3.0, of="token")
+
+
+@pytest.mark.parametrize(
+    ("policy_of", "chunk", "fade"),
+    [
+        (by_complexity, ChunkSettings(2, 6), 1),
+        (by_surprisal, ChunkSettings(), 1),
+        (by_pair, ChunkSettings(), 1),
+        (WavyPolicy, ChunkSettings(), 1),
+        (WavyPolicy, ChunkSettings(1, 5), 1),
+        (WavyPolicy, ChunkSettings(4, 16), 4),
+    ],
+    ids=["complexity", "surprisal", "pair", "every signal", "every signal, chunks", "every signal, faded chunks"],
+)
+def test_generated_tokens_are_decided_as_forward_decides_them(
+    tiny_llama, llama_adapter, make_plan, policy_of, chunk, fade
+):
+    ladder = replace(build_ladder(load_adapter(llama_adapter)), difficulty=drawn_tables(2))
+    plan = make_plan(ladder, policy_of, knob=1.6, block_tokens=1, chunk=chunk, fade_tokens=fade)
     prompt = torch.randint(3, 256, (3, 17), generator=torch.Generator().manual_seed(0))
     with activate(tiny_llama, plan, keep=Keep.DECISIONS) as run:
         sequences = tiny_llama.generate(prompt, max_new_tokens=40, min_new_tokens=40, do_sample=False)
@@ -72,19 +95,23 @@ def test_generated_tokens_are_decided_as_forward_decides_them(tiny_llama, llama_
         logits = tiny_llama(sequences[:, :-1], past_key_values=cache).logits
         forward = run.last.stream.columns()
     assert generated["rung"].unique().numel() > 2
-    for name in ("positions", "opens", "rung", "scale", "held_valid"):
+    for name in ("positions", "opens", "rung", "scale", "held_valid", "first", "age"):
         assert torch.equal(generated[name], forward[name]), name
+    for signal, name in enumerate(SIGNALS):
+        assert generated["held_valid"][:, -1, signal].all(), name
+        torch.testing.assert_close(generated["held"][:, :, signal], forward["held"][:, :, signal], atol=1e-5, rtol=0)
     # the end of sequence was forbidden in generate
     logits[..., 2] = -torch.inf
     assert torch.equal(logits[:, 16:].argmax(-1), sequences[:, 17:])
 
 
+@pytest.mark.parametrize("policy_of", [by_complexity, by_surprisal])
 @pytest.mark.parametrize("block", [1, 4, 32])
-def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_adapter, make_plan, block):
+def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_adapter, make_plan, block, policy_of):
     """The shortest prompt waits, seeing only padding, while the longest is still being read."""
     plan = make_plan(
         build_ladder(load_adapter(llama_adapter)),
-        lambda rungs: PercentilePolicy(rungs, "complexity", torch.linspace(0.4, 0.8, 101), spread=3.0),
+        policy_of,
         knob=1.6,
         block_tokens=block,
         chunk=ChunkSettings(2, 6),

@@ -40,7 +40,7 @@ def ladder(llama_adapter):
 
 @pytest.fixture
 def plan(ladder, make_plan):
-    """`plan(policy_of=..., **settings)`: chunks of 2 to 5 tokens, fades of 4, blocks of 8."""
+    """`plan(policy_of=..., **settings)`: chunks of 4 to 6 tokens, fades of 4, blocks of 8."""
 
     def make(policy_of=PositionPolicy, knob=0.0, **settings):
         defaults = {"chunk": ChunkSettings(4, 6), "block_tokens": 8, "fade_tokens": 4}
@@ -51,6 +51,10 @@ def plan(ladder, make_plan):
 
 def by_entropy(rungs):
     return PercentilePolicy(rungs, "entropy", spread=4.0)
+
+
+def by_surprisal(rungs):
+    return PercentilePolicy(rungs, "surprisal", torch.linspace(0.5, 1, 101), spread=4.0)
 
 
 COMPRESSED = KVSettings("int8", "int4", threshold=0.5, sink_pages=1, window_tokens=8)
@@ -64,8 +68,9 @@ SPARSE = KVSettings("sparse", "dropped", threshold=0.5, sink_pages=1, window_tok
         ("right", by_entropy, None),
         ("left", by_entropy, COMPRESSED),
         ("right", PositionPolicy, SPARSE),
+        ("left", by_surprisal, None),
     ],
-    ids=["left", "right", "left compressed", "right sparse"],
+    ids=["left", "right", "left compressed", "right sparse", "left by surprisal"],
 )
 def test_padded_row_in_a_batch_equals_the_row_alone(tiny_llama, plan, side, policy_of, kv):
     rows = texts()
@@ -79,6 +84,8 @@ def test_padded_row_in_a_batch_equals_the_row_alone(tiny_llama, plan, side, poli
             torch.testing.assert_close(together[i][mask[i].bool()], alone, **CLOSE)
             own, single = row_of(record, i), row_of(run.last.stream.columns(), 0)
             assert all(torch.equal(own[name], single[name]) for name in DECIDED)
+            for name in ("held", "first", "age"):
+                torch.testing.assert_close(own[name], single[name], **CLOSE)
             pages = run.last.page_formats()
             assert torch.equal(formats[i, : pages.shape[1]], pages[0])
         assert together.isfinite().all()
@@ -157,9 +164,9 @@ def test_attention_signal_is_the_models_own_attention(tiny_llama_factory, llama_
     heard = []
     close = Stream.close_block
 
-    def listen(self, logits, attention):
+    def listen(self, logits, attention, states):
         heard.append(attention)
-        return close(self, logits, attention)
+        return close(self, logits, attention, states)
 
     monkeypatch.setattr(Stream, "close_block", listen)
     row = texts((61,))[0][None]
@@ -217,12 +224,15 @@ def test_return_values_as_asked_for(tiny_llama, llama_adapter):
 def test_branches_of_a_cache_go_on_independently(tiny_llama, plan):
     rows = texts((40, 40))
     more = texts((6, 6, 6), seed=1)
-    with activate(tiny_llama, plan(by_entropy, 1.4, kv=COMPRESSED), keep=Keep.DECISIONS) as run:
+    with activate(tiny_llama, plan(by_entropy, 1.4, kv=COMPRESSED), keep=Keep.DECISIONS, hidden=True) as run:
         cache = run.new_cache(2)
         tiny_llama(torch.stack(rows), past_key_values=cache)
+        latest = run.states[:, -1]
         branches = cache.select_rows(torch.tensor([1, 0, 1]))
         together = tiny_llama(torch.stack(more), past_key_values=branches).logits
         assert cache.lengths == [40, 40]
+        seen = branches.stream.columns()["hidden"][:, 0, :64]
+        assert torch.equal(seen, latest[[1, 0, 1]]), "the state of the row that was copied"
         for i, source in enumerate([1, 0, 1]):
             alone = cache.select_rows(torch.tensor([source]))
             torch.testing.assert_close(together[i], tiny_llama(more[i][None], past_key_values=alone).logits[0], **CLOSE)

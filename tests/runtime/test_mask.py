@@ -13,7 +13,7 @@ from policy import KVSettings
 from policy.fixed import FixedPolicy
 from runtime import build_ladder, load_adapter
 from runtime.reference.adaptive import activate
-from runtime.reference.mask import RowMask
+from runtime.reference.mask import RowMask, Streams
 
 RULES = {
     "causal": (causal_mask_function, lambda query, slot: slot <= query),
@@ -42,6 +42,31 @@ def test_mask_is_the_rule_at_every_rows_own_positions(rule, naive, dtype):
             sees = [slot for slot in range(16) if slot == query or (naive(query, slot) and visible[row, slot])]
             assert (made[row, 0, t] == 0).nonzero().flatten().tolist() == sees
             assert (made[row, 0, t][made[row, 0, t] != 0] == torch.finfo(dtype).min).all()
+
+
+@pytest.mark.parametrize(("rule", "naive"), RULES.values(), ids=RULES.keys())
+def test_mask_of_copies_is_the_rule_at_their_positions_for_whom_they_may_see(rule, naive):
+    """Slots are no positions then: two copies of a text, one of them back to front, each sees what it is told to."""
+    slots = [*range(7), *reversed(range(7))]
+    generator = torch.Generator().manual_seed(0)
+    sees = torch.rand(14, 14, generator=generator) > 0.3
+    real = torch.rand(2, 14, generator=generator) > 0.2
+    mask = RowMask()
+    mask.begin(torch.where(real, torch.tensor(slots), -1), real, Streams(torch.tensor(slots), sees))
+    made = mask(mask_function=rule, dtype=torch.float32, batch_size=2, q_length=14, kv_length=14)
+    assert made.shape == (2, 1, 14, 14)
+    for row in range(2):
+        for query in range(14):
+            found = (made[row, 0, query] == 0).tolist()
+            assert found[query], "itself"
+            if real[row, query]:
+                allowed = [naive(slots[query], own) for own in slots]
+                told = (real[row] & sees[query]).tolist()
+                assert found == [k == query or (allowed[k] and told[k]) for k in range(14)]
+    # and the next pass is one of a text alone again
+    mask.begin(torch.arange(3)[None], torch.ones(1, 3, dtype=torch.bool))
+    alone = mask(mask_function=rule, dtype=torch.float32, batch_size=1, q_length=3, kv_length=3)
+    assert torch.equal(alone[0, 0] == 0, torch.ones(3, 3).tril().bool())
 
 
 def test_tokens_of_dropped_pages_are_seen_by_nobody(make_peft_adapter, peft_load, make_plan, tmp_path):

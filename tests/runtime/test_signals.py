@@ -8,23 +8,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy import PAGE_TOKENS
+from policy.difficulty import PAIRS, Difficulty
 from runtime.control.signals import (
     NO_TOKEN,
     distant_attention,
     history_tokens,
+    log_probabilities,
     next_token_entropy,
     ngram_novelty,
     positional_prior,
     roll_history,
+    surprisal,
 )
-from tests.runtime.reference import naive_entropy, naive_novelty
+from tests.runtime.reference import naive_difficulty, naive_entropy, naive_novelty, naive_surprisal
 
 numbers = st.floats(-80, 80, width=32)
 
 
-@given(st.integers(2, 9).flatmap(lambda v: st.lists(st.lists(numbers, min_size=v, max_size=v), min_size=1, max_size=4)))
+@st.composite
+def distributions(draw):
+    """Logits [N, V] in lists; any but one of a row may be ruled out."""
+    vocabulary, number = draw(st.integers(2, 9)), st.one_of(numbers, st.just(-math.inf))
+    rows = draw(st.lists(st.lists(number, min_size=vocabulary, max_size=vocabulary), min_size=1, max_size=4))
+    for row in rows:
+        row[draw(st.integers(0, vocabulary - 1))] = draw(numbers)
+    return rows
+
+
+def entropy_of(logits):
+    return next_token_entropy(log_probabilities(logits))
+
+
+@given(distributions())
 def test_entropy_equals_the_definition(rows):
-    got = next_token_entropy(torch.tensor(rows))
+    got = entropy_of(torch.tensor(rows))
     expected = torch.tensor([naive_entropy(row) for row in rows])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert ((got >= 0) & (got <= 1)).all()
@@ -34,15 +51,57 @@ def test_entropy_equals_the_definition(rows):
 @pytest.mark.parametrize("vocabulary", [2, 257, 32000])
 def test_entropy_at_its_ends(dtype, vocabulary):
     logits = torch.zeros(2, 3, vocabulary, dtype=dtype)
-    torch.testing.assert_close(next_token_entropy(logits), torch.ones(2, 3))
+    torch.testing.assert_close(entropy_of(logits), torch.ones(2, 3))
     logits[..., 1] = 1e4
-    assert not next_token_entropy(logits).any()
-    assert next_token_entropy(logits).dtype == torch.float32
+    assert not entropy_of(logits).any()
+    assert entropy_of(logits).dtype == torch.float32
 
 
 def test_entropy_of_a_vocabulary_with_forbidden_tokens():
     logits = torch.tensor([0.0, 0.0, -math.inf, -math.inf])
-    assert next_token_entropy(logits).item() == pytest.approx(0.5)
+    assert entropy_of(logits).item() == pytest.approx(0.5)
+
+
+@given(distributions())
+def test_surprisal_of_every_token_equals_the_definition(rows):
+    logits, vocabulary = torch.tensor(rows), len(rows[0])
+    before = logits.clone()
+    got = surprisal(
+        log_probabilities(logits)[:, None].expand(-1, vocabulary, -1), torch.arange(vocabulary).expand(len(rows), -1)
+    )
+    expected = torch.tensor([[naive_surprisal(row, token) for token in range(vocabulary)] for row in rows])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert ((got >= 0) & (got <= 1)).all()
+    assert torch.equal(logits, before), "the model's logits are left as they are"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [2, 257, 32000])
+def test_surprisal_at_its_ends(dtype, vocabulary):
+    logits, tokens = torch.zeros(1, 4, vocabulary, dtype=dtype), torch.tensor([[0, 1, vocabulary - 1, NO_TOKEN]])
+    torch.testing.assert_close(surprisal(log_probabilities(logits), tokens), torch.ones(1, 4))
+    logits[..., 1] = 1e4
+    got = surprisal(log_probabilities(logits), tokens)
+    last = float(vocabulary > 2)  # of two tokens the expected one is the last
+    assert got.tolist() == [[1, 0, last, 1]]
+    assert got.dtype == torch.float32
+
+
+def test_surprisal_of_plain_cases():
+    """Even odds of two of four tokens are half of log 4; what is ruled out is as surprising as anything can be."""
+    log_p = log_probabilities(torch.tensor([[0.0, 0.0, -math.inf, -math.inf]])).expand(4, -1)
+    assert surprisal(log_p, torch.arange(4)).tolist() == pytest.approx([0.5, 0.5, 1, 1])
+
+
+@given(distributions())
+def test_entropy_is_the_surprisal_to_be_expected(rows):
+    """Of what is cut at 1 a little less."""
+    log_p, every = log_probabilities(torch.tensor(rows)), torch.arange(len(rows[0])).expand(len(rows), -1)
+    own = surprisal(log_p[:, None].expand(-1, len(rows[0]), -1), every)
+    mean, entropy = (own * log_p.exp()).sum(1), next_token_entropy(log_p)
+    assert (mean <= entropy + 1e-5).all()
+    uncut = (own < 1).all(1)
+    torch.testing.assert_close(mean[uncut], entropy[uncut], atol=1e-5, rtol=0)
 
 
 texts = st.integers(1, 4).flatmap(
@@ -134,3 +193,41 @@ def test_distant_attention_is_the_mass_before_the_recent_pages(recent, heads, to
         first_recent = (t // PAGE_TOKENS - (recent - 1)) * PAGE_TOKENS
         expected = weights[:, :, t, : max(first_recent, 0)].sum(-1).mean(1)
         torch.testing.assert_close(got[:, t], expected, atol=1e-6, rtol=1e-5)
+
+
+@st.composite
+def tables(draw, rows):
+    """Codes of every row: some tokens are beyond the table, of the pairs all, half or a few are in it."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    sizes = (draw(st.integers(1, 6)), draw(st.sampled_from([PAIRS, PAIRS // 2, 9])))
+    return Difficulty(*(torch.randint(0, 255, (rows, size), generator=generator, dtype=torch.uint8) for size in sizes))
+
+
+def stream_difficulty(difficulty, tokens, blocks):
+    """[B, T, 2] block by block, the last token of each handed on."""
+    last, found = torch.full((len(tokens), 1), NO_TOKEN), []
+    for block in tokens.split(blocks, dim=1):
+        found.append(difficulty.values(torch.cat([last, block[:, :-1]], 1), block))
+        last = block[:, -1:]
+    return torch.cat(found, 1)
+
+
+@given(texts, st.data())
+def test_difficulty_equals_a_look_in_both_tables_however_it_is_split(rows, data):
+    tokens, difficulty = torch.tensor(rows), data.draw(tables(len(rows)))
+    got = stream_difficulty(difficulty, tokens, data.draw(split(tokens.shape[1])))
+    expected = [
+        naive_difficulty(row, codes, pairs)
+        for row, codes, pairs in zip(rows, difficulty.token.tolist(), difficulty.pair.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(got, torch.tensor(expected), atol=1e-6, rtol=0)
+    assert ((got >= 0) & (got <= 1)).all()
+    assert (got[:, 0, 1] == 0.5).all(), "nothing comes before the first token"
+
+
+@given(texts, st.data())
+def test_difficulty_never_looks_ahead(rows, data):
+    tokens, difficulty = torch.tensor(rows), data.draw(tables(len(rows)))
+    whole = stream_difficulty(difficulty, tokens, [tokens.shape[1]])
+    for end in range(1, tokens.shape[1]):
+        assert torch.equal(stream_difficulty(difficulty, tokens[:, :end], [end]), whole[:, :end])

@@ -11,12 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
+from policy.difficulty import Difficulty
 from runtime import adaptive, build_ladder, generate, load_adapter, load_ladder, open_ladder, save_ladder
 from runtime.export.__main__ import main as export
 from runtime.ladder import store
 from runtime.ladder.formats import PARTS
 from runtime.ladder.store import RECORD, TENSORS
 from tests.runtime.coded import coded_ladder, two_bank_ladder
+from tests.runtime.reference import drawn_tables
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12, "min_new_tokens": 12}
 CODED_RUNGS = (0.5, 1, 2, 4)
@@ -55,6 +57,11 @@ def saved_coded(coded, tmp_path):
     return save_ladder(coded, tmp_path / "coded")
 
 
+@pytest.fixture
+def saved_tables(ladder, tmp_path):
+    return save_ladder(replace(ladder, difficulty=drawn_tables(0)), tmp_path / "tables")
+
+
 def parts(ladder):
     """Every tensor of a ladder by its name, the empty ones too."""
     return {
@@ -75,6 +82,15 @@ def assert_same(found, ladder):
     for name, tensor in parts(found).items():
         assert torch.equal(tensor, own[name]), name
         assert tensor.dtype == own[name].dtype or not tensor.numel(), name
+    assert_same_tables(found.difficulty, ladder.difficulty)
+
+
+def assert_same_tables(found, expected):
+    assert (found is None) == (expected is None)
+    if expected is not None:
+        for own, table in ((found.token, expected.token), (found.pair, expected.pair)):
+            assert own.dtype == torch.uint8
+            assert torch.equal(own, table)
 
 
 def test_loaded_is_what_was_saved(any_ladder, tmp_path):
@@ -90,6 +106,43 @@ def test_loaded_is_what_was_saved(any_ladder, tmp_path):
     assert record["bytes"] == ladder.rung_bytes().tolist()
     assert record["texts"] == ["a", "b"]
     assert record["kind"] == ladder.kind, "what a ladder says of itself cannot be said otherwise"
+
+
+def test_tables_of_difficulty_go_wherever_their_ladder_goes(any_ladder, tmp_path):
+    tables = drawn_tables(1, vocabulary=300)
+    ladder = replace(any_ladder, difficulty=tables)
+    folder = save_ladder(ladder, tmp_path / "ladder")
+    lowest = ladder.rungs[0]
+    found = [
+        load_ladder(folder), load_ladder(folder, lowest), open_ladder(folder, (lowest,)),
+        open_ladder(folder, (0,), resident_rung=0),
+        load_ladder(save_ladder(load_ladder(folder, lowest), tmp_path / "again")), ladder.up_to(lowest),
+        ladder.with_rungs((0,)), ladder.with_rungs((lowest,)).up_to(lowest),
+    ]  # fmt: skip
+    for own in found:
+        assert_same_tables(own.difficulty, tables)
+    names = load_file(folder / TENSORS).keys() - load_file(save_ladder(any_ladder, tmp_path / "plain") / TENSORS).keys()
+    assert names == {"difficulty.token", "difficulty.pair"}
+
+
+def test_tables_of_difficulty_are_no_part_of_the_fingerprint(any_ladder, tmp_path):
+    prints = set()
+    for number, tables in enumerate((None, drawn_tables(0), drawn_tables(1), Difficulty.neutral())):
+        ladder = replace(any_ladder, difficulty=tables)
+        folder = save_ladder(ladder, tmp_path / str(number))
+        prints |= {
+            ladder.fingerprint,
+            load_ladder(folder).fingerprint,
+            load_ladder(folder, ladder.rungs[0]).fingerprint,
+        }
+    assert len(prints) == 1
+
+
+def test_tables_that_share_memory_are_written_each(ladder, tmp_path):
+    codes = drawn_tables(0, 900).token
+    for number, tables in enumerate((Difficulty(codes[:400], codes[100:500]), Difficulty(codes[100:500:2], codes))):
+        found = load_ladder(save_ladder(replace(ladder, difficulty=tables), tmp_path / str(number)))
+        assert_same_tables(found.difficulty, tables)
 
 
 def test_it_is_loaded_as_far_up_as_asked_for(any_ladder, tmp_path):
@@ -441,6 +494,37 @@ WRONG_TENSORS = {
     ),
     "a tensor too few": (lambda tensors: tensors.pop(f"0.{Q}.b.wide"), f"edges: expected at most .* module {Q} has"),
 }
+
+
+def table(name, value):
+    return lambda tensors: tensors.update({f"difficulty.{name}": value(tensors[f"difficulty.{name}"]).contiguous()})
+
+
+TABLES = r"expected some torch.uint8 codes, got "
+WRONG_TABLES = {
+    "codes of another type": (table("token", torch.Tensor.long), rf"tensor difficulty\.token: {TABLES}.*torch.int64"),
+    "codes below 0": (table("pair", torch.Tensor.char), rf"tensor difficulty\.pair: {TABLES}.*torch.int8"),
+    "codes of a type that there is not": (
+        table("pair", lambda t: t.float().to(torch.float8_e5m2)),
+        rf"tensor difficulty\.pair: {TABLES}.*F8_E5M2",
+    ),
+    "no code": (table("token", lambda t: t[:0]), rf"tensor difficulty\.token: {TABLES}\(\(0,\), torch.uint8\)"),
+    "one code alone": (table("pair", lambda t: t[0]), rf"tensor difficulty\.pair: {TABLES}\(\(\), torch.uint8\)"),
+    "a table with an axis more": (
+        table("pair", lambda t: t[None]),
+        rf"tensor difficulty\.pair: {TABLES}.*\(1, 65536\)",
+    ),
+    "no table of pairs": (lambda tensors: tensors.pop("difficulty.pair"), rf"tensor difficulty\.pair: {TABLES}None"),
+    "no table of tokens": (lambda tensors: tensors.pop("difficulty.token"), rf"tensor difficulty\.token: {TABLES}None"),
+    "a code beyond 1": (
+        table("token", lambda t: t.index_fill(0, torch.tensor([7]), 255)),
+        r"tensor difficulty\.token: expected codes up to 254, got 255",
+    ),
+    "a table of something else": (
+        lambda tensors: tensors.update({"difficulty.triple": tensors["difficulty.pair"].clone()}),
+        r"tensor 'difficulty\.triple': expected none, got one",
+    ),
+}
 WRONG_CODED = {
     "a plane of other rows": (part("0.a.plane2", lambda x: x[:5]), rf"tensor 0\.{Q}\.a\.plane2: expected the 8 rows"),
     "a finer plane of other rows": (
@@ -469,6 +553,11 @@ WRONG_CODED = {
 @pytest.mark.parametrize(("damage", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS.keys())
 def test_tensors_that_contradict_each_other_are_refused(saved, damage, message):
     assert_refused(saved, damage, message)
+
+
+@pytest.mark.parametrize(("damage", "message"), WRONG_TABLES.values(), ids=WRONG_TABLES.keys())
+def test_tables_that_are_none_are_refused(saved_tables, damage, message):
+    assert_refused(saved_tables, damage, message)
 
 
 @pytest.mark.parametrize(("damage", "message"), WRONG_CODED.values(), ids=WRONG_CODED.keys())
