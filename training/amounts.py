@@ -24,7 +24,7 @@ def _amount(default: Any, limit: Limit) -> Any:
 class Amounts:
     """Amounts and grids of one fit."""
 
-    train_documents: int = _amount(64, COUNT)
+    train_documents: int = _amount(128, COUNT)
     validation_documents: int = _amount(24, COUNT)
     test_documents: int = _amount(32, COUNT)
     max_tokens: int = _amount(160, COUNT)
@@ -42,13 +42,23 @@ class Amounts:
     """How far behind such a chunk later damage is followed."""
     rounds: int = _amount(1, Whole(0, 100))
     """Rounds of trajectories collected under the policy learned so far, after the full-rank round."""
+    own_documents: int = _amount(96, COUNT)
+    """Train documents that such a round goes through, the first ones; and all validation documents."""
+    probes: int = _amount(3, Whole(0, 64))
+    """Rungs of every token that are measured inside of such a trajectory; with 0 its targets are those of uniform
+    runs."""
     epochs: int = _amount(40, Whole(1, 1_000_000))
-    """Epochs of training after every round of collection."""
-    batch_chunks: int = _amount(128, COUNT)
+    """Epochs of training after every round of collection, at most."""
+    patience: int = _amount(6, Whole(1, 1_000_000))
+    """Epochs without a better loss on validation documents after which training stops; the best is kept."""
+    batch_chunks: int = _amount(512, COUNT)
     learning_rate: float = _amount(3e-3, Number(0, 1, above=True))
-    hidden: int = _amount(48, LearnedPolicy.CONFIG["hidden"])
+    weight_decay: float = _amount(1e-2, Number(0, 10))
+    hidden: int = _amount(64, LearnedPolicy.CONFIG["hidden"])
+    seeds: int = _amount(1, Whole(1, 100))
+    """Policies that are trained, each from its own seed; intervals are over these as well."""
     bootstrap: int = _amount(1000, Whole(1, 1_000_000))
-    """Resamples of the test documents behind the 95 % interval."""
+    """Resamples of the test documents, and seeds, behind the 95 % interval."""
 
     def __post_init__(self) -> None:
         check_fields(self, "amounts")

@@ -1,11 +1,12 @@
 """The documents of a fit: train, validation and test, never sharing a group, as token ids.
 
-Train teaches the policy, validation sets every knob, test is looked at once, by the comparison.
+Train teaches the policy, validation sets every knob, test is looked at once, by the comparison. What an earlier part
+has, or has most of, is left out of a later one (`leaks`): it would be judged on what it was taught.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from data import collate, encode, load_documents, split_names
 from runtime.loading import context_limit
 
 from .amounts import Amounts
+from .leaks import leaked
 
 Example = dict[str, Any]
 
@@ -30,6 +32,8 @@ TEST_OF_HELD_OUT = 0.5
 FEW_ROWS = 4
 MOST_PADDING = 0.2
 """A batch is closed before padding costs more than this of its real tokens: the model computes padding in full."""
+TEXTS_AT_ONCE = 1000
+"""Documents read together; one at a time takes ten times as long."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Corpus:
     validation: list[Example]
     test: list[Example]
     leaked: int = 0
-    """Documents left out of validation and test because an earlier split has their text."""
+    """Documents left out of validation and test because an earlier part has their text, or at least half of it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class Batch:
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return self.real & (steps < self.prompt_tokens[:, None])
 
+    def rows(self, index: Tensor) -> Batch:
+        """The rows `index` [N] long."""
+        return Batch(*(x[index] for x in (self.tokens, self.real, self.scored, self.prompt_tokens)))
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(x.to(device) for x in (self.tokens, self.real, self.scored, self.prompt_tokens)))
 
@@ -68,45 +76,44 @@ class Batch:
 def load_corpus(dataset: str, tokenizer: PreTrainedTokenizerBase, amounts: Amounts, seed: int) -> Corpus:
     """Read, split and encode a dataset.
 
-    A dataset with train, validation and test splits keeps them, less what leaked from one into the next; of any other,
-    train, or else the first split, is divided in three (see `_divide`). Raises ValueError when a part would be empty.
+    A dataset with train, validation and test splits keeps them; of any other, train, or else the first split, is
+    divided in three (see `_divide`). Either way validation loses its copies and near copies of train, and test those of
+    train and validation (see `without_leaks`). Raises ValueError when a part would be empty.
     """
     names = split_names(dataset)
-    leaked = 0
     if set(PARTS) <= set(names):
         parts = {name: load_documents(dataset, name) for name in PARTS}
-        read = sum(map(len, parts.values()))
-        parts["validation"] = without_leaks(parts["validation"], [parts["train"]], "validation")
-        parts["test"] = without_leaks(parts["test"], [parts["train"], parts["validation"]], "test")
-        leaked = read - sum(map(len, parts.values()))
     else:
         parts = _divide(load_documents(dataset, _first(names)), seed)
+    kept = {name: _without_earlier(parts, name) for name in PARTS}
     wanted = (amounts.train_documents, amounts.validation_documents, amounts.test_documents)
     train, validation, test = (
-        _encode(parts[name], count, tokenizer, amounts, seed) for name, count in zip(PARTS, wanted, strict=True)
+        _encode(kept[name], count, tokenizer, amounts, seed) for name, count in zip(PARTS, wanted, strict=True)
     )
-    return Corpus(train, validation, test, leaked)
+    return Corpus(train, validation, test, leaked=sum(len(parts[name]) - len(kept[name]) for name in PARTS))
 
 
 def load_split(dataset: str, split: str, seed: int = 0) -> datasets.Dataset:
     """Documents of one split as `load_corpus` would take them, all of it and not encoded.
 
-    So `test` holds nothing that a fit with this seed has seen. Of a split that a fit divides there are the three parts;
-    `all` is everything there is. Raises ValueError for another name, and all that `load_documents` raises.
+    So `test` holds nothing that a fit with this seed has seen, nor a near copy. Of a split that a fit divides there are
+    the three parts, any other loses what leaked from what a fit trains on and sets its knobs on; `all` is everything
+    there is. Raises ValueError for another name, and all that `load_documents` and `without_leaks` raise.
     """
     names = split_names(dataset)
     if split == ALL and ALL not in names:
         return datasets.concatenate_datasets([load_documents(dataset, name) for name in names])
-    own = names if set(PARTS) <= set(names) else tuple(name for name in names if name != _first(names))
+    given = set(PARTS) <= set(names)
+    own = names if given else tuple(name for name in names if name != _first(names))
     if split in own:
-        # What comes before it is what a fit trains on and sets its knobs on.
-        before = PARTS[: PARTS.index(split)] if split in PARTS else (_first(names),)
-        earlier = [load_documents(dataset, name) for name in before if name in names]
-        return without_leaks(load_documents(dataset, split), earlier, split)
+        # What a fit trains on and sets its knobs on, whole: a later split does not hang on what an earlier one lost.
+        seen = PARTS[:-1] if given else (_first(names),)
+        before = seen[: seen.index(split)] if split in seen else seen
+        return without_leaks(load_documents(dataset, split), [load_documents(dataset, name) for name in before], split)
     known = tuple(dict.fromkeys((*PARTS, *own)))
     if split not in PARTS:
         raise ValueError(f"split: expected one of {[*known, ALL]} of {dataset}, got {split!r}; do pass one of these")
-    return _divide(load_documents(dataset, _first(names)), seed)[split]
+    return _without_earlier(_divide(load_documents(dataset, _first(names)), seed), split)
 
 
 def _first(names: Sequence[str]) -> str:
@@ -117,15 +124,27 @@ def _first(names: Sequence[str]) -> str:
 def without_leaks(
     documents: datasets.Dataset, earlier: Sequence[datasets.Dataset], split: str = "test"
 ) -> datasets.Dataset:
-    """The documents whose text is in none of the `earlier` splits. Raises ValueError when that leaves nothing."""
-    taken = {text for part in earlier for text in _texts(part)}
-    kept = [row for row, text in enumerate(_texts(documents)) if text not in taken]
+    """The documents that the `earlier` splits have neither word for word nor half of or more.
+
+    Half of its distinct runs of eight words, prompt and completion together, case folded. Runs that many of all these
+    documents share, such as a prompt template, do not count; a document without any that count is left out as an exact
+    copy only (see `leaks.leaked`). Raises ValueError when that leaves nothing.
+    """
+    if not earlier:
+        return documents
+    leaks = leaked(list(_texts(documents)), (text for part in earlier for text in _texts(part)))
+    kept = [row for row, leak in enumerate(leaks) if not leak]
     if not kept:
         raise ValueError(
-            f"dataset: expected documents in {split!r} that no earlier split has, got none of {len(documents)}; "
-            "do give other text"
+            f"dataset: expected documents in {split!r} that no earlier split has half of, got none of "
+            f"{len(documents)}; do give other text"
         )
     return documents if len(kept) == len(documents) else documents.select(kept)
+
+
+def _without_earlier(parts: Mapping[str, datasets.Dataset], name: str) -> datasets.Dataset:
+    """One of the three parts, without what leaked from those before it, which are given whole."""
+    return without_leaks(parts[name], [parts[earlier] for earlier in PARTS[: PARTS.index(name)]], name)
 
 
 def _divide(documents: datasets.Dataset, seed: int) -> dict[str, datasets.Dataset]:
@@ -133,10 +152,10 @@ def _divide(documents: datasets.Dataset, seed: int) -> dict[str, datasets.Datase
 
     The group is the first line of the prompt, which is the context where several questions are about one. A first
     line that makes fewer than three groups of everything is a template; then, and without a prompt, the text is its own
-    group, so that at least no exact copy lies on both sides. The shares are constants: the parts depend on the
-    documents and the seed alone, whatever amounts a fit takes from them.
+    group, so that at least no exact copy lies on both sides. Near copies may, and are the caller's to leave out. The
+    shares are constants: the parts depend on the documents and the seed alone, whatever amounts a fit takes from them.
     """
-    texts = _texts(documents)
+    texts = list(_texts(documents))
     heads = [p.split("\n", 1)[0] if p.strip() else t for p, t in zip(documents["prompt"], texts, strict=True)]
     groups = heads if len(set(heads)) >= len(PARTS) else texts
     different = len(set(groups))
@@ -154,9 +173,10 @@ def _divide_once(rows: Sequence[int], groups: Sequence[str], share: float, seed:
     return [rows[i] for i in sorted(first)], [rows[i] for i in sorted(second)]
 
 
-def _texts(documents: datasets.Dataset) -> list[str]:
+def _texts(documents: datasets.Dataset) -> Iterator[str]:
     """What makes two documents the same one: ids tell exact copies apart."""
-    return [f"{p}\n{c}" for p, c in zip(documents["prompt"], documents["completion"], strict=True)]
+    for some in documents.select_columns(["prompt", "completion"]).iter(TEXTS_AT_ONCE):
+        yield from (f"{p}\n{c}" for p, c in zip(some["prompt"], some["completion"], strict=True))
 
 
 def check_context(model: PreTrainedModel, max_tokens: int, name: str = "max_tokens") -> None:
@@ -178,6 +198,12 @@ def _encode(
     if len(encoded) < count and len(some) < len(shuffled):
         encoded = encode(shuffled, tokenizer, **limits)
     return [dict(row) for row in encoded.select(range(min(count, len(encoded))))]
+
+
+def scored_tokens(example: Example) -> Tensor:
+    """[T] bool: the tokens whose logits predict a completion token; the last predicts nothing that is there."""
+    positions = torch.arange(1, len(example["input_ids"]) + 1)
+    return (positions >= max(1, example["prompt_tokens"])) & (positions < len(positions))
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
@@ -215,6 +241,14 @@ def batches(
         yield index, make_batch([examples[j // copies] for j in index])
 
 
+GPU_SHARE = 1 / 16
+"""Of a GPU's memory the logits of one pass may take this much, where that is more than what is asked for."""
+
+
 def positions_within(model: PreTrainedModel, logits_bytes: int) -> int:
-    """How many positions' float32 logits fit into `logits_bytes`: at least 1."""
-    return max(1, logits_bytes // (4 * model.config.get_text_config(decoder=True).vocab_size))
+    """How many positions' float32 logits fit into `logits_bytes`, or into a GPU's share: at least 1."""
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+        logits_bytes = max(logits_bytes, int(GPU_SHARE * memory))
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    return max(1, logits_bytes // (4 * vocabulary))

@@ -21,43 +21,42 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
-from policy.checkpoint import Fingerprints, PolicyCheckpoint
 from policy.cost import LatencyTable
 from policy.files import write_whole
 from policy.limits import Choice
-from policy.settings import ChunkSettings, KVSettings, Settings, SignalSettings
+from policy.settings import HIDDEN, SIGNAL_SETS, ChunkSettings, KVSettings, Settings, SignalSettings
 from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
 from runtime.ladder.factors import MIXED, RANKED, SVD
 from runtime.loading import default_device, device_name, load_model, load_tokenizer
+from runtime.reference.placing import keep_decoded
 
 from .amounts import Amounts
 from .closing import next_commands
 from .compare.latency import measure_latency
-from .compare.tradeoff import log_report, table, write_report
-from .compare.verdict import Verdict, areas, judge
-from .compare.worth import compare_with_svd, describe
+from .compare.tradeoff import log_report, write_report
+from .compare.verdict import judge
 from .console import CommandParser, command_line, is_first_process, quiet_libraries
 from .documents import check_context
+from .learn.module import DAMAGE, OBJECTIVES
 from .learn.train import new_logger, quiet_lightning
 from .lock import locked
 from .pipeline import (
-    Comparison,
+    Learning,
     build_ladders,
     collect_targets,
     compare_policies,
     open_source,
     open_tasks,
-    train_policy,
+    store_difficulty,
+    train_policies,
 )
-from .targets.paths import Calibrated
-from .task import AdapterTask, FitContext, OpenTask, common_rungs, ladder_folder, rung_rank, task_cost
+from .summary import candidates, print_verdict, summarise, timing_of
+from .task import AdapterTask, FitContext, OpenTask, common_rungs, ladder_folder, rung_rank
 from .threads import share_threads
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -78,9 +77,11 @@ def fit(
     block_tokens: int = 32,
     fade_tokens: int = 1,
     amounts: Amounts = Amounts(),  # noqa: B008  frozen
-    signals: SignalSettings = SignalSettings(),  # noqa: B008
+    signal_settings: SignalSettings = SignalSettings(),  # noqa: B008
     chunk: ChunkSettings = ChunkSettings(),  # noqa: B008
     kv: KVSettings = KVSettings(),  # noqa: B008
+    signals: str = "default",
+    objective: str = DAMAGE,
     trainer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fit a rank policy and return the summary that is also written to `summary.json`.
@@ -100,9 +101,13 @@ def fit(
         block_tokens: Tokens per forward pass of prefill.
         fade_tokens: Cross-fade length: 1, 4, 8 or 16.
         amounts: How many documents, epochs, rounds; grids.
-        signals: How the signals are measured.
+        signal_settings: How the signals are measured.
         chunk: When chunks close; thresholds are set from the data.
         kv: What becomes of old KV pages; the threshold is set from the data.
+        signals: What the policy looks at: four (the paper's signals), default (surprisal and token difficulty too) or
+            hidden (the model's last hidden state and the next embedding too).
+        objective: What it learns by: damage (regression of every rung's KL, then least damage + lambda * bytes) or
+            latency (expected KL + lambda * cost of its own choice, directly).
         trainer: Arguments of lightning's Trainer (--trainer.devices 2, --trainer.accelerator cpu, ...).
     """
     torch.set_float32_matmul_precision("highest")
@@ -110,16 +115,22 @@ def fit(
     adapters, datasets = _pairs(adapter, dataset)
     folder = Path("runs") / _run_name(adapters) if output is None else Path(output)
     _check_folder(folder, output)
-    settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signals, chunk=chunk, kv=kv)
+    learning = Learning(
+        SIGNAL_SETS[Choice(tuple(SIGNAL_SETS)).take("signals", signals)],
+        Choice(OBJECTIVES).take("objective", objective),
+    )
+    settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signal_settings, chunk=chunk, kv=kv)
     kind = BUILT.take("ladder", ladder)
     share_threads(_checked_trainer(folder, trainer or {}).num_devices)
-    with locked(folder, _say):
-        return _fit_into(folder, model, adapters, datasets, kind, rungs, seed, dtype, settings, amounts, trainer or {})
+    with locked(folder, _say), keep_decoded():
+        return _fit_into(
+            folder, model, adapters, datasets, kind, rungs, seed, dtype, settings, learning, amounts, trainer or {}
+        )
 
 
 def _fit_into(
     folder: Path, model: str, adapters: list[str], datasets: list[str], kind: str, rungs: list[float] | None,
-    seed: int, dtype: str, settings: Settings, amounts: Amounts, trainer: dict[str, Any],
+    seed: int, dtype: str, settings: Settings, learning: Learning, amounts: Amounts, trainer: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Walk through the stages of `pipeline` and write down what they found."""
     started = time.time()
@@ -128,7 +139,8 @@ def _fit_into(
     check_context(network, amounts.max_tokens, "amounts.max_tokens")
     context = FitContext(
         model=network, model_fingerprint=model_fingerprint(network), amounts=amounts, seed=seed, root=folder,
-        make_trainer=functools.partial(_make_trainer, folder, trainer), say=_say,
+        make_trainer=functools.partial(make_trainer, folder, trainer), say=_say,
+        hidden=HIDDEN in learning.signals,
     )  # fmt: skip
     opened = open_tasks(adapters, sources, datasets, load_tokenizer(model), amounts, seed)
     _introduce(context, opened)
@@ -136,25 +148,26 @@ def _fit_into(
     tasks = build_ladders(context, opened, kind, rungs)
     latency = _latency(context, tasks[0])
     tasks, calibrated = collect_targets(context, tasks, settings)
-    learned = train_policy(context, tasks, calibrated, latency)
+    store_difficulty(context, tasks)
+    learned = train_policies(context, tasks, calibrated, latency, learning)
     comparison = compare_policies(context, tasks, calibrated, learned)
     ranks = rung_rank(tasks)
-    verdict = judge(comparison.curves, common_rungs(tasks), ranks, resamples=amounts.bootstrap, seed=seed)
-    checkpoints = _checkpoints(context, tasks, calibrated, comparison, verdict, latency)
+    verdict = judge(
+        comparison.curves, common_rungs(tasks), ranks, resamples=amounts.bootstrap, seed=seed,
+        timing=timing_of(context, tasks, calibrated, comparison, latency),
+    )  # fmt: skip
+    checkpoints = candidates(context, tasks, calibrated, comparison, verdict, latency)
 
     summary = {
         "model": str(model),
         "adapter": adapters[0] if len(adapters) == 1 else adapters,
         "dataset": datasets[0] if len(tasks) == 1 else datasets,
         "seed": seed,
+        "signals": list(learning.signals),
+        "objective": learning.objective,
         "versions": {name: version(name) for name in LIBRARIES},
-        **_describe(tasks, comparison, ranks),
         **calibrated.describe(),
-        "latency": {**asdict(latency), "resolved": latency.resolved},
-        "curves": _curves(comparison, ranks, latency),
-        "area": areas(comparison.curves, ranks),
-        **verdict.describe(),
-        "operating_point": _operating_point(comparison, checkpoints[verdict.exported], ranks, latency),
+        **summarise(tasks, comparison, verdict, checkpoints[verdict.exported], ranks, latency, amounts.bootstrap, seed),
         "seconds": round(time.time() - started, 1),
     }
     if not is_first_process():  # every process measured the same; one writes it down
@@ -173,7 +186,7 @@ def _fit_into(
         },
     }  # fmt: skip
     log_report(new_logger(folder, "", fresh=True), figure, summary, params)
-    _print_verdict(summary, folder)
+    print_verdict(summary, folder)
     # With the ladders that the policy was fitted to: an adapter by itself is an svd ladder.
     ladders = [str(ladder_folder(folder, number, len(tasks))) for number in range(len(tasks))]
     print(*next_commands(model, ladders, folder / "policy", dtype, verdict.exported), sep="\n", flush=True)
@@ -197,7 +210,9 @@ def _introduce(context: FitContext, tasks: Sequence[OpenTask]) -> None:
     for task in tasks:
         corpus = task.corpus
         if corpus.leaked:
-            context.say(f"left out {corpus.leaked} validation and test documents whose text is in an earlier split")
+            context.say(
+                f"left out {corpus.leaked} validation and test documents of which half or more is in an earlier split"
+            )
         context.say(
             f"{len(corpus.train)} train, {len(corpus.validation)} validation, {len(corpus.test)} test documents; "
             f"output {context.root}"
@@ -233,7 +248,7 @@ def _run_name(adapters: Sequence[str]) -> str:
     return "+".join(names)
 
 
-def _make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.Trainer:
+def make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.Trainer:
     quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": folder}
     bars = {"enable_progress_bar": False}  # ours are shorter, alike in every stage, and gone at its end
     return L.Trainer(**{**quiet, **bars, **options, **arguments})
@@ -242,7 +257,7 @@ def _make_trainer(folder: Path, arguments: dict[str, Any], **options: Any) -> L.
 def _checked_trainer(folder: Path, arguments: dict[str, Any]) -> L.Trainer:
     """A trainer made before the work, of which there is one for every stage: Lightning checks its arguments."""
     try:
-        return _make_trainer(folder, arguments, logger=False)
+        return make_trainer(folder, arguments, logger=False)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error}") from None
 
@@ -261,102 +276,6 @@ def _latency(context: FitContext, task: AdapterTask) -> LatencyTable:
     return measured
 
 
-def _checkpoints(
-    context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, comparison: Comparison,
-    verdict: Verdict, latency: LatencyTable,
-) -> dict[str, PolicyCheckpoint]:  # fmt: skip
-    """The policies to choose from, each with its own knob curve, at the budget nearest to half of the top's bytes."""
-    cost = task_cost(tasks)
-    ladder = tasks[0].ladder
-    prints = Fingerprints(
-        model=context.model_fingerprint, adapter=ladder.adapter, ladder=ladder.fingerprint, shared=len(tasks) > 1
-    )
-    return {
-        name: PolicyCheckpoint(
-            policy=policy,
-            settings=calibrated.settings,
-            curve=comparison.curves[name].knob_curve,
-            cost=tuple(cost.tolist()),
-            fingerprints=prints,
-            default_budget=float(cost[_middle(cost)]),
-            latency=latency,
-            metrics=verdict.metrics(),
-        )
-        for name, policy in comparison.candidates.items()
-    }
-
-
-def _middle(cost: Tensor) -> int:
-    """Index of the rung that costs about half of the top one."""
-    return int((cost - 0.5).abs().argmin())
-
-
-def _describe(tasks: Sequence[AdapterTask], comparison: Comparison, ranks: np.ndarray) -> dict[str, Any]:
-    """Ladder, documents and policies, for the summary."""
-    ladder, curves, svd = tasks[0].ladder, comparison.curves, comparison.svd
-    worth = {}
-    if svd is not None:
-        worth = describe(compare_with_svd(curves["fixed"], ranks, svd), ladder.kind, float(ranks[-1]))
-    parts = ("train", "validation", "test")
-    return {
-        "ladder": {
-            "kind": ladder.kind,
-            "bytes": ladder.rung_bytes().tolist(),
-            "lost_energy": [round(energy, 6) for energy in ladder.lost_energy().tolist()],
-            **worth,
-        },
-        "rungs": list(ladder.rungs),
-        "documents": {name: sum(len(getattr(task.corpus, name)) for task in tasks) for name in parts},
-        "scored_test_tokens": int(curves["fixed"].points[0].scores.tokens.sum()),
-        "policies": {name: curve.config for name, curve in curves.items() if curve.config},
-    }
-
-
-def _curves(comparison: Comparison, ranks: np.ndarray, latency: LatencyTable) -> dict[str, list[dict[str, Any]]]:
-    """The measured points of every policy, and of the fixed rungs of the svd ladder, which were not timed."""
-    own, svd = table(comparison.curves, ranks, np.array(latency.ms)), comparison.svd
-    return own if svd is None else {**own, **table({SVD: svd.curve}, svd.rung_rank, None)}
-
-
-def _operating_point(
-    comparison: Comparison, checkpoint: PolicyCheckpoint, ranks: np.ndarray, latency: LatencyTable
-) -> dict[str, float]:
-    """KL and milliseconds of the exported policy at its default budget."""
-    middle = _middle(torch.tensor(checkpoint.cost))
-    scores = comparison.curves[checkpoint.policy.kind].points[middle].scores
-    return {
-        "budget": checkpoint.default_budget,
-        "mean_rank": scores.mean(ranks),
-        "kl": scores.value("kl"),
-        "latency_ms": scores.mean(np.array(latency.ms)),
-    }
-
-
-def _print_verdict(summary: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    shown = Table(title="KL to full rank at equal mean rank, nats per completion token, held-out documents")
-    shown.add_column("mean rank", justify="right")
-    for name in summary["kl_at"]:
-        shown.add_column(name, justify="right")
-    for i, rank in enumerate(summary["compared_at"]):
-        shown.add_row(str(rank), *(f"{values[i]:.4f}" for values in summary["kl_at"].values()))
-    console.print(shown)
-    captured = summary["captured"]
-    share = "which cannot be told from zero"
-    if captured["share"] is not None:
-        low, high = captured["interval_95"]
-        share = f"captured {captured['share']:.0%} (95 % interval {low:.0%} to {high:.0%})"
-    worth = summary["ladder"].get("worth")
-    if worth is not None:
-        console.print(f"{worth}.")
-    console.print(f"{summary['verdict']}.")
-    console.print(f"Headroom {summary['headroom']['nats']:.4f} nats, {share}.")
-    console.print(f"{folder}/policy written in {summary['seconds']:.0f} s; tensorboard --logdir {folder.parent}")
-
-
 def make_parser() -> ArgumentParser:
     """Flags are `fit`'s arguments; `--config FILE` reads them from YAML, `--print_config` writes them."""
     parser = CommandParser(
@@ -372,11 +291,16 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def _renamed(argument: str) -> str:
+    """A flag as it is called now: `--signals.x` is `--signal_settings.x`, for one release more."""
+    return argument.replace("--signals.", "--signal_settings.", 1) if argument.startswith("--signals.") else argument
+
+
 def main(arguments: list[str] | None = None) -> None:
     resume = "the same command goes on where it stopped"
     with one_line_errors(afterwards=resume, first=is_first_process()), quiet_lightning():
         parser = make_parser()
-        parsed: Namespace = parser.parse_args(command_line(arguments))
+        parsed: Namespace = parser.parse_args([_renamed(own) for own in command_line(arguments)])
         given = parser.instantiate(parsed)  # builds the settings, which check themselves
         trainer = {k: v for k, v in vars(given.pop("trainer")).items() if v is not None}
         given.pop("config", None)

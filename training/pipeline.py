@@ -1,6 +1,6 @@
 """The stages of a fit over its tasks, in the order in which `fit` walks through them.
 
-    open_tasks -> build_ladders -> collect_targets -> train_policy -> compare_policies -> (judge)
+    open_tasks -> build_ladders -> collect_targets -> train_policies -> compare_policies -> (judge)
 
 Every stage takes all tasks, one adapter being the special case. Everything collected lies in resumable shards under the
 output folder, the ladders beside them; everything drawn is drawn from the seed, so a run that was killed ends where the
@@ -10,23 +10,21 @@ uninterrupted one does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policy.contract import Summary
 from policy.fixed import FixedPolicy
 from policy.learned import LearnedPolicy
-from policy.operating import Operating
 from policy.percentile import COMPLEXITY, PercentilePolicy
 from policy.random import RandomPolicy
 from policy.reading import read_json
 from policy.rungs import RUNGS, Rung, checked_rungs, rungs_at_shares
-from policy.settings import SIGNALS
 from runtime.fingerprint import adapter_fingerprint
 from runtime.ladder import Adapter, Ladder, build_ladder, load_adapter, load_ladder, save_ladder
 from runtime.ladder.store import RECORD
@@ -34,16 +32,18 @@ from runtime.reference.adaptive import require_servable
 
 from .amounts import Amounts
 from .compare.curves import Bench, Curve, capped_curve, fixed_curve, oracle_curve, policy_curve
-from .compare.hindsight import Hindsight, Oracle
+from .compare.hindsight import Hindsight, Oracle, table_oracle
 from .compare.scorer import HeldOut, Scorer
+from .compare.thresholds import Seen, best_thresholds, candidates
+from .compare.verdict import verdict_rungs
 from .compare.worth import SvdCurve, measure_svd
 from .console import is_first_process
-from .documents import Example, load_corpus
+from .documents import Example, load_corpus, scored_tokens
 from .ladders.build import build
-from .learn.train import train_policy
-from .progress import with_progress
+from .learn.module import interpolate_scale
+from .learn.train import Learning, train_policies
 from .targets.paths import Calibrated, collect_tables, collect_targets, full_rank_paths
-from .targets.samples import document_samples
+from .targets.samples import Samples, document_samples, scored_chunks
 from .task import (
     AdapterTask,
     FitContext,
@@ -53,16 +53,21 @@ from .task import (
     documents_digest,
     ladder_folder,
     rung_rank,
+    scale_grid,
     task_cost,
     task_rank,
 )
 
-__all__ = ["Comparison", "build_ladders", "collect_targets", "compare_policies", "open_tasks", "train_policy"]
-
-PERCENTILE_SPREADS = (1.0, 2.0)
-"""Half-widths, in rungs, of the band that percentile thresholds move in; the better one is the baseline."""
-LEAST_NATS = 1e-9
-"""What an exact rung is taken to lose where the logarithm is needed."""
+__all__ = [
+    "Comparison",
+    "Learning",
+    "build_ladders",
+    "collect_targets",
+    "compare_policies",
+    "open_tasks",
+    "store_difficulty",
+    "train_policies",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,10 @@ class Comparison:
     candidates: dict[str, LearnedPolicy | FixedPolicy]
     svd: SvdCurve | None
     """Fixed rungs of the `svd` ladder of the same adapters; None where that is the ladder in use."""
+    by_table: dict[str, list[float]]
+    """KL of the best choices at the bytes of the verdict's rungs, by tables of uniform runs, which flatter."""
+    in_blocks: dict[str, Curve]
+    """Fixed rungs and the learned policy in the blocks of prefill, at the served KV setting."""
 
 
 def open_source(name: str) -> Adapter | Ladder:
@@ -147,82 +156,123 @@ def _ladder(context: FitContext, task: OpenTask, kind: str, rungs: tuple[Rung, .
 
 
 def compare_policies(
-    context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, learned: LearnedPolicy
+    context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, learned: Sequence[LearnedPolicy]
 ) -> Comparison:
-    """Measure every policy on the test documents of all tasks; see `compare` for the rules."""
-    rungs, settings, scales = common_rungs(tasks), calibrated.settings, calibrated.scales
+    """Measure every policy on the test documents of all tasks, token by token as decode goes; see `compare` for the
+    rules. The first of the `learned` policies is the one that may be exported."""
+    rungs, scales = common_rungs(tasks), calibrated.scales
+    decode = replace(calibrated.settings, block_tokens=1)
     validation = _held_out(context, tasks, [task.corpus.validation for task in tasks])
     test = _held_out(context, tasks, [task.corpus.test for task in tasks])
-    fixed = FixedPolicy(rungs, scales)
-    movers = {
-        "percentile": percentile_policy(context, tasks, calibrated, validation),
-        "learned": learned,
-        "random": RandomPolicy(rungs, seed=context.seed, scales=scales),
-    }
     aims, cost = range(len(rungs) - 1), task_cost(tasks).double().numpy()
-    curves = {"fixed": fixed_curve(fixed, settings, test)}
+    read = [rungs.index(rung) for rung in verdict_rungs(rungs)]
+    fixed = FixedPolicy(rungs, scales)
+    curves = {"fixed": fixed_curve(fixed, decode, test)}
     context.say("measured fixed")
-    for name, policy in movers.items():
-        curves[name] = policy_curve(name, policy, settings, validation, test, cost, aims)
-        context.say(f"measured {name}")
-    curves["capped"] = capped_curve(curves["learned"], learned, settings, test, cost, aims)
+    found = percentile_policy(context, tasks, calibrated, read[len(read) // 2])
+    curves["percentile"] = policy_curve("percentile", found, decode, validation, test, cost, read)
+    context.say("measured percentile")
+    members = [
+        policy_curve("learned", own, decode, validation, test, cost, aims if number == 0 else read)
+        for number, own in enumerate(learned)
+    ]
+    curves["learned"] = replace(members[0], others=tuple(members[1:]))
+    context.say("measured learned")
+    random = RandomPolicy(rungs, seed=context.seed, scales=scales)
+    curves["random"] = policy_curve("random", random, decode, validation, test, cost, read)
+    context.say("measured random")
+    curves["capped"] = capped_curve(curves["learned"], learned[0], decode, test, cost)
     context.say("measured learned as served, its budget kept")
-    known = tuple(tuple(_hindsight(context, task, calibrated)) for task in tasks)
+    tables, known = zip(*(_hindsight(context, task, calibrated) for task in tasks), strict=True)
     oracle = Oracle(test, known, scales, task_rank(tasks))
-    curves["oracle"] = oracle_curve(settings, oracle, rung_rank(tasks), aims)
+    curves["oracle"] = oracle_curve(decode, oracle, rung_rank(tasks), read)
     context.say("measured oracle")
-    svd = measure_svd(test, settings)
+    by_table = _by_table([table for own in tables for table in own], task_rank(tasks), read)
+    blocks = _in_blocks(context, calibrated, fixed, learned[0], validation, test, cost, read)
+    svd = measure_svd(test, decode)
     if svd is not None:
         context.say("measured fixed rungs of the svd ladder")
-    return Comparison(curves, {"learned": learned, "fixed": fixed}, svd)
+    return Comparison(curves, {"learned": learned[0], "fixed": fixed}, svd, by_table, blocks)
 
 
 def _held_out(context: FitContext, tasks: Sequence[AdapterTask], documents: Sequence[Sequence[Example]]) -> HeldOut:
     pairs = zip(tasks, documents, strict=True)
-    return HeldOut(tuple(Scorer(context.model, task.ladder, examples) for task, examples in pairs))
+    return HeldOut(tuple(Scorer(context.model, task.ladder, examples, whole=True) for task, examples in pairs))
 
 
-def _hindsight(context: FitContext, task: AdapterTask, calibrated: Calibrated) -> list[Hindsight]:
-    """What the oracle knows of the test documents: every rung's damage, at its best scale, of full-rank chunks."""
-    documents = task.corpus.test
+def _in_blocks(
+    context: FitContext, calibrated: Calibrated, fixed: FixedPolicy, learned: LearnedPolicy, validation: Bench,
+    test: Bench, cost: np.ndarray, read: Sequence[int],
+) -> dict[str, Curve]:  # fmt: skip
+    """Fixed rungs and the learned policy as a forward over whole texts serves them: in the blocks of prefill, at the
+    served KV setting."""
+    settings, kv = calibrated.settings, calibrated.settings.kv
+    around = sorted({rung for own in read for rung in (own - 1, own, own + 1) if 0 <= rung < len(cost) - 1})
+    curves = {
+        "fixed": fixed_curve(fixed, settings, test, "fixed in blocks", targets=around, kv=kv),
+        "learned": policy_curve("learned in blocks", learned, settings, validation, test, cost, read, kv=kv),
+    }
+    context.say(f"measured fixed and learned in blocks of {settings.block_tokens}, KV as served")
+    return curves
+
+
+def _hindsight(
+    context: FitContext, task: AdapterTask, calibrated: Calibrated
+) -> tuple[list[Tensor], tuple[Hindsight, ...]]:
+    """What the oracle knows of the test documents: tables [T, J] of scored tokens, every rung at its best scale, and
+    the damage of the chunks of full-rank runs."""
+    documents, settings = task.corpus.test, replace(calibrated.settings, block_tokens=1)
     tables = collect_tables(context, task, "tables-test", documents, calibrated.scales[:, None])
-    paths = full_rank_paths(context, task, "trajectory-test", documents, calibrated.settings)
+    paths = full_rank_paths(context, task, "trajectory-test", documents, settings)
     samples = document_samples(documents, paths, tables, calibrated.later)
-    pairs = zip(paths, samples, strict=True)
-    return [Hindsight(path.starts, chunks.damage[..., 0], chunks.scored) for path, chunks in pairs]
+    known = []
+    for document, path, chunks in zip(documents, paths, samples, strict=True):
+        starts = path.starts[scored_chunks(document, path)]
+        known.append(Hindsight(starts, chunks.damage[..., 0], chunks.scored))
+    scored = [table[scored_tokens(own)][..., 0] for table, own in zip(tables, documents, strict=True)]
+    return scored, tuple(known)
+
+
+CHUNKS = (1, 4, 16)
+"""Tokens of one choice of the oracles that are read off tables."""
+
+
+def _by_table(tables: Sequence[Tensor], rung_rank: Tensor, read: Sequence[int]) -> dict[str, list[float]]:
+    """KL at the ranks of the rungs `read` of the best choices per token and per chunk, by tables of uniform runs."""
+    ranks = [float(rung_rank[rung]) for rung in read]
+    return {f"chunks of {tokens}": table_oracle(tables, rung_rank, ranks, tokens) for tokens in CHUNKS}
 
 
 def percentile_policy(
-    context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, validation: Bench
+    context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, rung: int
 ) -> PercentilePolicy:
-    """The best signal (or all together) and band, by KL on validation documents with the knob at the middle rung."""
-    rungs, weights = common_rungs(tasks), calibrated.settings.chunk.weights
-    paths = [path for task in tasks for path in task.found().paths[: len(task.corpus.train)]]
-    summary = Summary.from_features(torch.cat([path.features for path in paths]))
-    candidates = []
-    for signal in (*SIGNALS, COMPLEXITY):
-        value, known = PercentilePolicy(rungs, signal, weights=weights).value(summary)
-        for spread in PERCENTILE_SPREADS:
-            seen = value[known]
-            candidates.append(PercentilePolicy.calibrate(seen, rungs, signal, calibrated.scales, spread, weights))
-    middle = (len(rungs) - 1) // 2
-    operating = Operating.at(float(middle), middle)
-    ranks, log_kl = rung_rank(tasks), np.log(np.maximum(validation_kl(tasks), LEAST_NATS))
-    over = []
-    for candidate in with_progress(candidates, "percentile signals", len(candidates)):
-        (scores,) = validation.measure(candidate, calibrated.settings, operating)
-        # Candidates land at different mean ranks: each is held against what a fixed rung of its bytes loses.
-        over.append(scores.value("kl") / np.exp(np.interp(scores.mean(ranks), ranks, log_kl)))
-    best = candidates[int(np.argmin(over))]
-    context.say(f"percentile: {best.signal} with a band of {best.spread:g} rungs is the best of {len(over)}")
+    """The best thresholds of all by tables of validation documents, at the bytes of `rung`."""
+    weights = calibrated.settings.chunk.weights
+    base = PercentilePolicy(common_rungs(tasks), COMPLEXITY, scales=calibrated.scales, weights=weights)
+    train, held_out = [], []
+    for task in tasks:
+        split = len(task.corpus.train)
+        found = task.found()
+        samples = document_samples(task.labelled, found.paths[1], found.tables, calibrated.later)
+        train += samples[:split]
+        held_out += samples[split:]
+    unseen = Samples.concatenate(held_out)
+    damage = interpolate_scale(unseen.damage, calibrated.scales.expand(len(unseen), -1), _grid(context, tasks))
+    among = candidates(Samples.concatenate(train).features, base)
+    best = best_thresholds(among, Seen(unseen.features, damage, unseen.scored), task_cost(tasks), rung)
+    how = f"{best.signal} of the {best.of}, sign {best.sign:+d}, a band of {best.spread:g} rungs"
+    context.say(f"percentile: {how} is the best of {len(among)}")
     return best
 
 
-def validation_kl(tasks: Sequence[AdapterTask]) -> np.ndarray:
-    """[J] KL of every rung per scored token of the validation documents, at its best scale, from their tables."""
-    scored = []
-    for task in tasks:
-        tables = task.found().tables[len(task.corpus.train) :]
-        for example, table in zip(task.corpus.validation, tables, strict=True):
-            scored.append(table[max(0, example["prompt_tokens"] - 1) : -1])
-    return torch.cat(scored).double().mean(0).amin(1).numpy()
+def _grid(context: FitContext, tasks: Sequence[AdapterTask]) -> Tensor:
+    return torch.tensor(scale_grid(context.amounts, tasks))
+
+
+def store_difficulty(context: FitContext, tasks: Sequence[AdapterTask]) -> None:
+    """Write the ladders in the output folder once more, with the token difficulty that was learned."""
+    for number, task in enumerate(tasks):
+        folder = ladder_folder(context.root, number, len(tasks))
+        if is_first_process():
+            origin = read_json(folder / RECORD, "delete the folder").get("origin")
+            save_ladder(task.ladder, folder, extra={} if origin is None else {"origin": origin})

@@ -29,6 +29,7 @@ from .documents import Corpus, Example
 from .targets.collect import collect_shards
 from .targets.damage import Trajectory
 from .targets.shards import ShardStore
+from .targets.token_difficulty import FoldedDifficulty
 
 Say = Callable[[str], None]
 MakeTrainer = Callable[..., L.Trainer]
@@ -40,8 +41,10 @@ class Targets:
 
     tables: list[Tensor]
     """[T, J, G] KL of every rung and scale."""
-    paths: list[Trajectory]
-    """Full-rank trajectories."""
+    paths: dict[int, list[Trajectory]]
+    """Full-rank trajectories, by the tokens of a block."""
+    difficulty: FoldedDifficulty
+    """What the train documents say of every token."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class FitContext:
     """Where shards and checkpoints go."""
     make_trainer: MakeTrainer
     say: Say
+    hidden: bool = False
+    """Whether trajectories tell of the model's states."""
 
     @contextmanager
     def full_rank(self, task: AdapterTask) -> Iterator[AdaptiveRun]:
@@ -101,7 +106,10 @@ class FitContext:
         key: dict[str, object],
         measure: Callable[[Sequence[Example], int], dict[str, list[Tensor]]],
     ) -> dict[str, list[Tensor]]:
-        """Resumable per-document tensors: `measure(examples, shard)` gives one list per name."""
+        """Resumable per-document tensors: `measure(examples, shard)` gives one list per name.
+
+        Document i is in shard i // per_shard.
+        """
         groups = [examples[i : i + per_shard] for i in range(0, len(examples), per_shard)]
         own = {**key, "documents": documents_digest(examples), "per_shard": per_shard, "seed": self.seed}
         full_key = {**self.identity(task), **own}

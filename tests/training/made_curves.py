@@ -6,7 +6,8 @@ from training.compare.curves import Curve, Point
 from training.compare.scorer import Scores
 from training.compare.verdict import Verdict, judge
 
-RUNGS = (4, 8, 16, 24, 64)
+RUNGS = (4, 8, 16, 24, 192)
+"""A verdict is read at 8, 16 and 24."""
 RUNG_RANK = np.array(RUNGS, dtype=float)
 DOCUMENTS = 40
 
@@ -23,7 +24,12 @@ def scores(rank: float, kl, tokens=None) -> Scores:
 
 
 def curve(name: str, points: list[tuple[float, object]]) -> Curve:
-    return Curve(name, tuple(Point(float(i), scores(rank, kl)) for i, (rank, kl) in enumerate(points)))
+    """Points at these mean ranks, each aimed at the rung that is nearest."""
+    found = []
+    for number, (rank, kl) in enumerate(points):
+        aim = int(np.abs(RUNG_RANK[:-1] - rank).argmin())
+        found.append(Point(float(number), scores(rank, kl), aim))
+    return Curve(name, tuple(found))
 
 
 FIXED = curve("fixed", [(4, 0.8), (8, 0.4), (16, 0.2), (24, 0.1)])

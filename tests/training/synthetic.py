@@ -1,11 +1,12 @@
 """Chunk samples whose damage is a known function of the signals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from policy import SIGNALS, Summary
+from policy import SIGNALS, TOKEN_SIGNALS, Summary
 from policy.rungs import rungs_of_rank
 from training.amounts import AROUND_ONE
 from training.targets.samples import Samples
@@ -26,7 +27,7 @@ def chunk_samples(hardness: Callable[[Tensor, Tensor], Tensor], count: int, seed
     mean = torch.rand(count, len(SIGNALS), generator=generator)
     top = (mean + 0.1 * torch.rand(count, len(SIGNALS), generator=generator)).clamp(max=1)
     last = (mean + 0.1 * torch.randn(count, len(SIGNALS), generator=generator)).clamp(0, 1)
-    first = torch.rand(count, 2, generator=generator)
+    first = torch.rand(count, len(TOKEN_SIGNALS), generator=generator)
     known = torch.ones(count, len(SIGNALS), dtype=torch.bool)
     summary = Summary(torch.stack([mean, top, last], -1), known, first, torch.arange(count))
     needed = 2 * 32 ** hardness(mean[:, SIGNALS.index("entropy")], mean[:, SIGNALS.index("attention")])
@@ -36,10 +37,11 @@ def chunk_samples(hardness: Callable[[Tensor, Tensor], Tensor], count: int, seed
     damage[:, -1] = 0
     factors = 1 + 5 * (torch.tensor(SCALES) - BEST_SCALE).square()
     tokens = torch.randint(4, 17, (count,), generator=generator).float()
-    return Samples(summary.features(), damage[..., None] * factors, tokens, tokens)
+    unknown = torch.full_like(tokens, torch.nan)
+    return Samples(summary.features(), damage[..., None] * factors, tokens, tokens, unknown)
 
 
 def shuffled(samples: Samples, seed: int) -> Samples:
     """The same chunks with each other's damage."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-    return Samples(samples.features, samples.damage[order], samples.tokens, samples.scored)
+    return replace(samples, damage=samples.damage[order])

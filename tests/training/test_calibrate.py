@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from policy import FixedPolicy, LearnedPolicy
+from policy import ChunkSettings, FixedPolicy, LearnedPolicy, Settings, Summary
 from tests.training.synthetic import BEST_SCALE, RANKS, RUNGS, SCALES, chunk_samples
 from training.compare.scorer import Scores
 from training.learn.calibrate import best_scales, calibrate_knob, calibrated_settings, knob_grid, lambda_range
@@ -87,9 +87,9 @@ def test_damage_that_never_falls_is_refused():
         lambda_range(torch.ones(3, len(RANKS)), torch.ones(3), COST)
 
 
-def test_thresholds_are_terciles_of_complexity_and_pages_split_at_its_median(settings):
-    complexity = torch.linspace(0.2, 0.8, 301)
-    paths = [Trajectory(torch.tensor([0]), torch.zeros(1, 18), part) for part in complexity.split(100)]
+def test_thresholds_are_terciles_of_complexity_and_pages_split_at_its_median():
+    complexity, settings = torch.linspace(0.2, 0.8, 301), Settings(chunk=ChunkSettings(4, 16))
+    paths = [Trajectory(torch.tensor([0]), torch.zeros(1, Summary.FEATURES), part) for part in complexity.split(100)]
     found = calibrated_settings(settings, paths)
     assert found.chunk.thresholds == pytest.approx((0.4, 0.6), abs=1e-6)
     assert found.chunk.hysteresis == pytest.approx(0.05, abs=1e-6)

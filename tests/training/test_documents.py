@@ -1,16 +1,23 @@
-"""Documents of a fit: parts that never share one, and a mask that scores completions alone."""
+"""Documents of a fit: parts that never share one or most of one, and a mask that scores completions alone."""
 
 import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+import training.documents
 from runtime import load_tokenizer
 from training.amounts import Amounts
-from training.documents import FEW_ROWS, MOST_PADDING, batches, load_corpus, load_split, make_batch
+from training.documents import FEW_ROWS, MOST_PADDING, PARTS, batches, load_corpus, load_split, make_batch
+from training.leaks import NGRAM_WORDS, SHARE, TEMPLATE_SHARE, TEMPLATE_TEXTS, leaked, ngrams
 
 FIT = Amounts(train_documents=12, validation_documents=6, test_documents=6, max_tokens=40, min_completion_tokens=8)
 
@@ -101,8 +108,185 @@ def test_given_splits_lose_what_an_earlier_one_has(folder, tokenizer):
 
 def test_a_test_split_that_is_all_in_train_is_refused_in_one_line(folder, tokenizer):
     path = folder(train=numbered(range(20)), validation=numbered(range(20, 30)), test=numbered(range(5)))
-    with pytest.raises(ValueError, match="expected documents in 'test' that no earlier split has, got none of 5"):
+    with pytest.raises(
+        ValueError, match="expected documents in 'test' that no earlier split has half of, got none of 5"
+    ):
         load_corpus(path, tokenizer, FIT, seed=0)
+
+
+TEMPLATE = "Below is a question about a page; read all of it, and say in one word which rung it needs.\n"
+
+
+def own(number, words=24):
+    """Words of one document that no other has."""
+    return [f"{number}.{word}" for word in range(words)]
+
+
+def document(words):
+    return {"prompt": TEMPLATE, "completion": " ".join(words)}
+
+
+def near_copy(number):
+    """Document `number` with the last half of its words replaced."""
+    return document([*own(number)[:12], *(f"not-{word}" for word in own(number)[12:])])
+
+
+def fresh(numbers):
+    return [document(own(number)) for number in numbers]
+
+
+@given(words=st.integers(16, 60), number=st.integers(0, 29), template=st.sampled_from([TEMPLATE, ""]))
+def test_who_has_half_of_an_earlier_text_leaks_and_who_has_its_template_does_not(words, number, template):
+    """Behind a template every word ends a run of eight that no other text has; without one the first seven do not."""
+    earlier = [template + " ".join(own(number, words)) for number in range(30)]
+    first = 0 if template else NGRAM_WORDS - 1
+    half = first + (words - first + 1) // 2
+    less, enough = (
+        template + " ".join([*own(number, words)[:kept], *own("else", words)[kept:]]) for kept in (half - 1, half)
+    )
+    alone = template + " ".join(own("alone", words))
+    assert leaked([alone, enough, alone.upper()], earlier) == [False, True, False]
+    assert leaked([enough.upper(), less], earlier) == [True, False]
+
+
+def by_the_book(texts, earlier):
+    """What `leaked` says, from the words themselves."""
+    runs = [
+        {tuple(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1)}
+        for words in (text.casefold().split() for text in (*texts, *earlier))
+    ]
+    number = len(runs)
+    held = Counter(run for some in runs for run in some)
+    taken = set().union(*runs[len(texts) :])
+    most = max(TEMPLATE_SHARE * number, min(TEMPLATE_TEXTS, number / 2))
+    counted = [{run for run in some if held[run] <= most} for some in runs[: len(texts)]]
+    return [
+        text in earlier or (len(some) > 0 and len(some & taken) >= SHARE * len(some))
+        for text, some in zip(texts, counted, strict=True)
+    ]
+
+
+pieces = st.tuples(st.integers(0, 30), st.integers(0, 14), st.booleans()).map(
+    lambda piece: " ".join(f"{'Straße' if piece[2] else 'STRASSE'}{i}" for i in range(piece[0], piece[0] + piece[1]))
+)
+texts_of_pieces = st.lists(st.lists(pieces, max_size=3).map("\n".join), max_size=9)
+
+
+@given(texts_of_pieces, texts_of_pieces, st.integers(1, 6), st.integers(1, 6))
+def test_leaks_are_those_of_the_words_themselves(texts, earlier, own_copies, copies):
+    """Any overlap of any length, nothing at all, exact copies, and what becomes a template by its number."""
+    texts = texts[:1] * own_copies + texts[1:]
+    earlier = earlier[:1] * copies + earlier[1:]
+    assert leaked(texts, iter(earlier)) == by_the_book(texts, earlier)
+
+
+@pytest.mark.parametrize(("number", "most"), [(4, 2), (40, 4), (400, 8)])
+def test_what_many_texts_share_is_a_template(number, most):
+    """More than half of a few texts, more than four of some, more than 2 % of many; whichever side they are on."""
+    shared = " ".join(own("shared"))
+    for copies in (most, most + 1):
+        texts = [" ".join([shared, *own(n)[:5]]) if n < copies else " ".join(own(n)) for n in range(number)]
+        assert leaked(texts[:1], texts[1:]) == [copies == most]
+        assert leaked(texts[:-1], [shared])[0] == (copies < most)
+
+
+def test_short_texts_leak_as_exact_copies_only():
+    short = "the rank of a page is four"
+    assert len(short.split()) == NGRAM_WORDS - 1
+    assert leaked([short, short.upper(), short + " bits"], [short, "nothing"]) == [True, False, False]
+
+
+def test_ngrams_are_the_same_in_every_process():
+    text = " ".join(own("straße")) + "\u3000İ"
+    script = f"from training.leaks import ngrams; print(ngrams({text!r}).tolist())"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
+        assert json.loads(found.stdout) == ngrams(text).tolist()
+
+
+EVERYTHING = Amounts(
+    train_documents=999, validation_documents=999, test_documents=999, max_tokens=4000, min_completion_tokens=1
+)
+
+
+def numbers_of(part):
+    return [completion.split(".")[0] for completion in part["completion"]]
+
+
+def test_near_copies_of_every_earlier_split_are_left_out_and_counted(folder, tokenizer):
+    """Of train and of validation, for test; of train alone, for validation, whatever test has."""
+    path = folder(
+        train=fresh(range(30)),
+        validation=[near_copy(0), *fresh(range(30, 40)), document(own(50))],
+        test=[near_copy(1), near_copy(30), document(own(2)), *fresh(range(50, 60)), near_copy(51)],
+    )
+    kept = {name: load_split(path, name) for name in PARTS}
+    assert numbers_of(kept["train"]) == [str(n) for n in range(30)]
+    assert numbers_of(kept["validation"]) == [str(n) for n in (*range(30, 40), 50)]
+    assert numbers_of(kept["test"]) == [str(n) for n in (*range(51, 60), 51)]
+    corpus = load_corpus(path, tokenizer, EVERYTHING, seed=0)
+    assert corpus.leaked == 1 + 4
+    for name in PARTS:
+        assert ids_of(getattr(corpus, name)) == set(kept[name]["id"]), name
+
+
+def test_test_is_judged_by_the_splits_as_they_were_read(folder, tokenizer):
+    """A near copy of what validation lost, which shares seven words with train, is left out by both ways in."""
+    path = folder(
+        train=fresh(range(30)),
+        validation=[near_copy(0), *fresh(range(30, 40))],
+        test=[document([*own("new")[:5], *near_copy(0)["completion"].split()[5:]]), *fresh(range(40, 50))],
+    )
+    corpus = load_corpus(path, tokenizer, EVERYTHING, seed=0)
+    assert numbers_of(load_split(path, "test")) == [str(n) for n in range(40, 50)]
+    assert ids_of(corpus.test) == set(load_split(path, "test")["id"])
+    assert corpus.leaked == 2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parts_of_one_file_lose_near_copies_too(folder, tokenizer, seed):
+    """Twins that differ in half of their words: behind a template that all share, each is a group of its own."""
+    path = folder(train=[twin for n in range(40) for twin in (document(own(n)), near_copy(n))])
+    parts = {name: numbers_of(load_split(path, name, seed)) for name in PARTS}
+    taken = [set(numbers) for numbers in parts.values()]
+    assert not taken[0] & taken[1]
+    assert not (taken[0] | taken[1]) & taken[2]
+    corpus = load_corpus(path, tokenizer, EVERYTHING, seed)
+    assert corpus.leaked == 80 - sum(map(len, parts.values())) > 0
+    for name in PARTS:
+        assert ids_of(getattr(corpus, name)) == set(load_split(path, name, seed)["id"]), name
+
+
+def test_a_test_split_of_near_copies_is_refused_in_one_line(folder, tokenizer):
+    path = folder(train=fresh(range(20)), validation=fresh(range(20, 30)), test=[near_copy(n) for n in range(5)])
+    for load in (lambda: load_corpus(path, tokenizer, EVERYTHING, seed=0), lambda: load_split(path, "test")):
+        with pytest.raises(ValueError, match=r"expected .* 'test' .* got none of 5; do give other text") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "seen"),
+    [
+        (("train", "validation", "test"), "test", ["train", "validation"]),
+        (("test", "validation", "train"), "validation", ["train"]),
+        (("train", "validation", "test", "extra"), "extra", ["train", "validation"]),
+        (("train", "test"), "test", ["train"]),
+        (("test", "validation"), "validation", ["test"]),
+        (("dev", "devtest"), "devtest", ["dev"]),
+    ],
+)
+def test_a_split_is_held_against_what_a_fit_sees(monkeypatch, names, split, seen):
+    """What a fit trains on and sets its knobs on: two of three given splits, or all of the one that it divides."""
+    texts = {name: Dataset.from_list([{"id": name, **document(own(name))}]) for name in names}
+    monkeypatch.setattr(training.documents, "split_names", lambda dataset: names)
+    monkeypatch.setattr(training.documents, "load_documents", lambda dataset, name: texts[name])
+    given = []
+    monkeypatch.setattr(training.documents, "without_leaks", lambda *arguments: given.append(arguments))
+    load_split("any", split)
+    [(documents, earlier, name)] = given
+    assert (documents["id"][0], [part["id"][0] for part in earlier], name) == (split, seen, split)
 
 
 def test_two_given_splits(folder):

@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from policy import SignalSettings
+from policy.settings import SIGNAL_SETS
 from training.fit import main, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +71,9 @@ def empty_folder(tmp_path):
         ({"rungs": "[2,6]"}, "rungs: expected"),
         ({"rungs": "[0.5]", "ladder": "svd"}, "expected whole ranks of an svd ladder, got [0.5]"),
         ({"ladder": "thin"}, "ladder: expected one of svd, ranked, mixed, got 'thin'"),
+        ({"signals": "five"}, f"signals: expected one of {', '.join(SIGNAL_SETS)}, got 'five'"),
+        ({"objective": "speed"}, "objective: expected one of damage, latency, got 'speed'"),
+        ({"signal_settings.recent_pages": 0}, "signals.recent_pages: expected a whole number in [1, "),
         ({"dtype": "float8"}, "dtype: expected one of"),
         ({"fade_tokens": 3}, "fade_tokens: expected one of"),
         ({"block_tokens": 0}, "block_tokens: expected"),
@@ -132,12 +138,34 @@ def test_flags_may_be_written_with_dashes(case, tmp_path, capsys):
     assert "my-run" in printed[0]
 
 
+@pytest.mark.parametrize("flag", ["signal_settings", "signal-settings", "signals"])
+def test_settings_of_signals_are_read_by_their_name_and_by_the_one_they_had(flag, case, tmp_path, capsys):
+    """`--signals` alone says what a policy looks at."""
+    name = "recent_pages" if "_" in flag else "recent-pages"
+    arguments = [*case.arguments(tmp_path / "out"), f"--{flag}.{name}=7", "--signals=four", "--objective=latency"]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--print_config"])
+    assert caught.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["signal_settings"]["recent_pages"] == 7
+    assert printed["signal_settings"]["prior_decay_tokens"] == SignalSettings().prior_decay_tokens
+    assert (printed["signals"], printed["objective"]) == ("four", "latency")
+
+
+def test_without_flags_the_policy_looks_at_everything_and_learns_by_damage(capsys):
+    with pytest.raises(SystemExit):
+        main(["--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["signals"], printed["objective"]) == ("default", "damage")
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--config", "--print_config", "--seed", "--model", "--adapter", "--dataset", "--output"):
+    flags = ("--config", "--print_config", "--seed", "--model", "--adapter", "--dataset", "--output")
+    for flag in (*flags, "--signals", "--signal_settings.recent_pages", "--objective"):
         assert flag in shown
     assert "--trainer.devices" in shown
 

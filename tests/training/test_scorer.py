@@ -3,18 +3,32 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from policy import FixedPolicy, Operating, PercentilePolicy, Settings
+from policy import (
+    FULL_KV,
+    ChunkSettings,
+    Decision,
+    FixedPolicy,
+    KVSettings,
+    Operating,
+    PercentilePolicy,
+    RankPolicy,
+    Settings,
+    Summary,
+)
+from policy.rungs import nearest_rung
 from runtime.control.record import Keep
 from runtime.export import export_rung
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
+from training.compare import latency
 from training.compare.hindsight import Hindsight, Oracle
-from training.compare.scorer import HeldOut, Scorer
+from training.compare.scorer import HeldOut, Scorer, Scores
 from training.targets.damage import Trajectory, damage_table
-from training.targets.samples import LaterDamage, chunk_samples
+from training.targets.samples import LaterDamage, chunk_samples, scored_chunks
 
 
 @pytest.fixture
@@ -143,7 +157,7 @@ def test_a_fade_from_bank_to_bank_counts_what_it_reads_of_both(tiny_llama, mixed
 
     Of a rung to another of the same bank nothing is read beside the dearer one.
     """
-    settings = Settings(block_tokens=8, fade_tokens=4)
+    settings = Settings(block_tokens=8, fade_tokens=4, chunk=ChunkSettings(4, 16))
     whole = [{**example, "prompt_tokens": 0} for example in examples if len(example["input_ids"]) > 20]
     held_out = HeldOut((Scorer(tiny_llama, mixed_ladder, whole),))
     policy, top = FixedPolicy(mixed_ladder.rungs), len(mixed_ladder.rungs) - 1
@@ -200,9 +214,9 @@ def test_the_oracle_meets_the_mean_rank_and_beats_the_fixed_rung(held_out, tiny_
     hindsight = []
     for example, table in zip(examples, tables, strict=True):
         starts = torch.arange(len(example["input_ids"]))
-        path = Trajectory(starts, torch.zeros(len(starts), 18), torch.zeros(len(starts)))
-        chunks = chunk_samples(example, path, table, LaterDamage(0.0, 0, 0))
-        hindsight.append(Hindsight(starts, chunks.damage[..., 0], chunks.scored))
+        path = Trajectory(starts, torch.zeros(len(starts), Summary.FEATURES), torch.zeros(len(starts)))
+        chunks = chunk_samples(example, path, table, LaterDamage((0.0,) * len(ladder.rungs), 0, 0))
+        hindsight.append(Hindsight(starts[scored_chunks(example, path)], chunks.damage[..., 0], chunks.scored))
     oracle = Oracle(held_out, (tuple(hindsight),), scales, ladder.mean_rank())
     rung_rank = ladder.mean_rank().double().numpy()
     scores, dearer = oracle.measure(settings, [4.0, 6.0], start_rungs=[0, 0])
@@ -255,3 +269,118 @@ def test_little_memory_changes_no_number(held_out, tiny_llama, ladder, examples,
     for name in ("kl", "perplexity"):
         assert first.sums[name] == pytest.approx(again.sums[name], rel=1e-5, abs=1e-6)
         assert first.sums[name] == pytest.approx(whole.sums[name], rel=1e-4, abs=1e-4)
+
+
+def same(one: Scores, other: Scores) -> None:
+    """All but caches and the clock."""
+    for name in ("tokens", "rungs", "prompt_rungs"):
+        assert (getattr(one, name) == getattr(other, name)).all(), name
+    assert one.processed == other.processed
+    for name in ("kl", "perplexity"):
+        assert one.sums[name] == pytest.approx(other.sums[name], rel=1e-3, abs=1e-4)
+
+
+class WavyPolicy(RankPolicy):
+    """Its rung swings with every feature, so that one wrong signal shows."""
+
+    kind = "wavy"
+
+    def __init__(self, rungs, seed: int) -> None:
+        super().__init__(rungs)
+        self.weights = 10 * torch.randn(Summary.FEATURES, generator=torch.Generator().manual_seed(seed))
+
+    def decide(self, summary: Summary, knob: torch.Tensor) -> Decision:
+        swing = 1 + torch.sin(knob + summary.features() @ self.weights)
+        rung = nearest_rung(swing * (len(self.rungs) - 1) / 2, len(self.rungs))
+        return Decision(rung, torch.ones(len(rung), len(self.rungs)))
+
+    def knob_range(self) -> tuple[float, float]:
+        return 0.0, 6.0
+
+
+@pytest.fixture
+def stepping_and_whole(tiny_llama, examples):
+    """`stepping_and_whole(ladder)`: a scorer that decodes token by token, and one that runs texts as a whole."""
+
+    def make(ladder):
+        return Scorer(tiny_llama, ladder, examples, rows=4), Scorer(tiny_llama, ladder, examples, rows=7, whole=True)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("bits", "chunk", "fade", "budget"),
+    [
+        ("svd", (1, 1), 1, math.inf),
+        ("svd", (1, 4), 1, math.inf),
+        ("mixed", (4, 8), 4, math.inf),
+        ("mixed", (1, 1), 1, 0.55),
+    ],
+    ids=["tokens", "chunks", "fades", "budget"],
+)
+def test_whole_texts_score_what_stepping_does_point_for_point(
+    stepping_and_whole, ladder, mixed_ladder, bits, chunk, fade, budget
+):
+    """Again with other knobs and another policy of the same kind, which starts from what was put out before."""
+    own = ladder if bits == "svd" else mixed_ladder
+    stepping, whole = stepping_and_whole(own)
+    settings = Settings(block_tokens=1, fade_tokens=fade, chunk=ChunkSettings(*chunk))
+    top = len(own.rungs) - 1
+    starts = torch.tensor([top, 0, 1])
+    for seed, knobs in ((0, [0.0, 2.0, 4.0]), (1, [0.1, 5.0, 3.0])):
+        operating = Operating.at(torch.tensor(knobs), starts, budget=torch.full((3,), budget))
+        plan = RunPlan((own,), WavyPolicy(own.rungs, seed), settings, operating)
+        expected, found = stepping.score(plan), whole.score(plan)
+        assert len(found) == 3
+        for one, other in zip(expected, found, strict=True):
+            same(one, other)
+        rungs = np.stack([scores.rungs.sum(0) for scores in expected])
+        assert ((rungs > 0).sum(1) > 1).all(), "a policy that never moves shows nothing"
+
+
+def test_whole_texts_take_a_few_forwards_and_those_that_are_known_take_one(stepping_and_whole, ladder, tiny_llama):
+    stepping, whole = stepping_and_whole(ladder)
+    forwards = []
+    tiny_llama.model.layers[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+
+    def counted(scorer):
+        policy = PercentilePolicy(ladder.rungs, "surprisal", torch.linspace(0.5, 0.9, 101), spread=2.0)
+        scorer.score(static_plan(ladder, 8))  # what is exact is kept from here on
+        forwards.clear()
+        scorer.score(RunPlan((ladder,), policy, Settings(block_tokens=1), Operating.at(1.0, 2)))
+        return len(forwards)
+
+    stepped, first, again = counted(stepping), counted(whole), counted(whole)
+    assert stepped >= 40, "every token is a forward"
+    batches = len(list(whole._batches([[0]])))
+    assert batches == again < first < stepped / 2
+
+
+@pytest.mark.parametrize("case", ["blocks", "pages", "fixed"])
+def test_what_has_no_whole_is_stepped_all_the_same(stepping_and_whole, ladder, case, monkeypatch):
+    """Blocks of prefill, pages in few bits, and a policy that does not look: all are scored, caches and all."""
+    monkeypatch.setattr("training.compare.scorer.settled", None)  # not called
+    stepping, whole = stepping_and_whole(ladder)
+    settings = Settings(block_tokens=8 if case == "blocks" else 1)
+    policy = FixedPolicy(ladder.rungs) if case == "fixed" else PercentilePolicy(ladder.rungs, "prior", spread=2.0)
+    kv = KVSettings(sink_pages=0, window_tokens=16, threshold=0.0) if case == "pages" else FULL_KV
+    plan = RunPlan((ladder,), policy, settings, Operating.at(1.0, 2, kv))
+    (expected,), (found,) = (scorer.score(plan) for scorer in (stepping, whole))
+    same(expected, found)
+    assert found.kv is not None
+    assert (found.kv.text < found.kv.full) == (case == "pages")
+
+
+def test_what_deciding_costs_is_a_step_that_decides_less_one_of_the_same_rung(tiny_llama, ladder, monkeypatch):
+    """Steps of 5 ms and of 3 ms; the first round, in which everything is slow, only warms up."""
+    timed = []
+
+    def step_ms(run, cache, token):
+        timed.append((run.plan.policy.looks, run.plan.operating.start_rung.tolist()))
+        return 1000.0 * len(timed) if len(timed) <= 4 else 5.0 if run.plan.policy.looks else 3.0
+
+    monkeypatch.setattr(latency, "_step_ms", step_ms)
+    policy = PercentilePolicy(ladder.rungs, "prior", spread=2.0)
+    plan = RunPlan((ladder,), policy, Settings(block_tokens=1), Operating.at(1.0, 2))
+    assert latency.measure_controller(tiny_llama, plan, rounds=1, steps=2) == 2.0
+    assert timed == ([(True, [2])] * 2 + [(False, [2])] * 2) * 2

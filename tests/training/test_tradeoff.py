@@ -2,16 +2,19 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training.made_curves import (
     DOCUMENTS,
     FIXED,
+    PERCENTILE,
     RUNG_RANK,
     RUNGS,
     curve,
@@ -20,8 +23,10 @@ from tests.training.made_curves import (
 )
 from training.compare.curves import Curve, Point
 from training.compare.figure import STYLE, Style, tradeoff_figure
-from training.compare.tradeoff import table, write_report
+from training.compare.tradeoff import log_report, table, write_report
 from training.compare.verdict import judge
+from training.learn.train import new_logger
+from training.summary import print_verdict
 
 MS = np.array([1.0, 2.0, 4.0, 6.0, 8.0])
 WORSE = curve("learned", [(4, 0.82), (8, 0.41), (16, 0.21), (24, 0.11)])
@@ -48,14 +53,15 @@ def wild(name: str, factor: float) -> Curve:
 
 
 def test_the_table_has_one_row_per_point_and_averages_latency_over_active_rungs():
-    curves = {"fixed": FIXED, "oracle": Curve("oracle", (Point(None, scores(12, 0.2)),))}
+    curves = {"fixed": FIXED, "oracle": Curve("oracle", (Point(None, scores(12, 0.2), 2),))}
     rows = table(curves, RUNG_RANK, MS)
     assert [row["mean_rank"] for row in rows["fixed"]] == pytest.approx([4, 8, 16, 24])
     assert [row["latency_ms"] for row in rows["fixed"]] == pytest.approx([1, 2, 4, 6])
     (row,) = rows["oracle"]
-    expected = {"mean_rank": 12, "kl": 0.2, "latency_ms": 3, "prompt_mean_rank": 12, "perplexity": np.exp(2)}
-    assert row == pytest.approx(expected)
+    expected = {"aimed_at": 16, "mean_rank": 12, "kl": 0.2, "latency_ms": 3, "prompt_mean_rank": 12}
+    assert row == pytest.approx({**expected, "perplexity": np.exp(2)})
     assert [row["rung"] for row in rows["fixed"]] == [0, 1, 2, 3]
+    assert [row["aimed_at"] for row in rows["fixed"]] == [4, 8, 16, 24]
 
 
 def test_the_csv_has_what_every_policy_reaches_at_the_rank_of_the_rung_it_was_aimed_at(tmp_path):
@@ -65,7 +71,7 @@ def test_the_csv_has_what_every_policy_reaches_at_the_rank_of_the_rung_it_was_ai
     for name, points in summary["curves"].items():
         own = [row for row in rows if row["policy"] == name]
         assert [float(row["mean_rank"]) for row in own] == [point["mean_rank"] for point in points]
-        assert [float(row["at_rank"]) for row in own] == summary["over_fixed"]["mean_rank"] == [4, 8, 16, 24]
+        assert [float(row["aimed_at"]) for row in own] == summary["over_fixed"]["mean_rank"] == [4, 8, 16, 24]
         assert [float(row["kl_at_rank"]) for row in own] == summary["over_fixed"]["kl"][name]
         for row, found in zip(own, summary["over_fixed"]["at_rank"][name], strict=True):
             read = [float(row[column]) for column in ("over_fixed", "over_fixed_low", "over_fixed_high")]
@@ -76,14 +82,27 @@ def test_the_csv_has_what_every_policy_reaches_at_the_rank_of_the_rung_it_was_ai
         assert [kl[i] for i in at] == summary["kl_at"][name], "the table that fit prints"
 
 
-def test_a_rung_that_is_not_reached_is_an_empty_cell(tmp_path):
-    short = curve("learned", [(10, 0.25), (12, 0.22), (16, 0.14), (24, 0.07)])
+def test_a_rung_that_is_not_reached_has_no_row_and_no_number(tmp_path):
+    """Rows of other rungs have what belongs to their own, wherever they stand."""
+    short = curve("learned", [(4, 0.5), (16, 0.14), (24, 0.07)])
     summary, _ = report(tmp_path, policies(short))
     own = [row for row in rows_of(tmp_path) if row["policy"] == "learned"]
-    assert [row["over_fixed"] == row["over_fixed_low"] == row["kl_at_rank"] == "" for row in own] == [True] * 2 + [
-        False
-    ] * 2
-    assert summary["over_fixed"]["at_rank"]["learned"][:2] == [None, None]
+    assert [float(row["aimed_at"]) for row in own] == [4, 16, 24]
+    assert [float(row["kl_at_rank"]) for row in own] == pytest.approx([0.5, 0.14, 0.07])
+    assert [float(row["over_fixed"]) for row in own] == pytest.approx([0.5 / 0.8, 0.14 / 0.2, 0.07 / 0.1])
+    over_fixed = summary["over_fixed"]
+    assert [over_fixed[key]["learned"][1] for key in ("kl", "at_rank", "bytes_saved")] == [None] * 3
+    assert summary["compared_at"] == [16, 24]
+
+
+def test_a_policy_that_reaches_no_rung_has_a_figure_and_no_row(tmp_path):
+    summary, figure = report(tmp_path, policies(WORSE, Curve("percentile", ())))
+    assert summary["curves"]["percentile"] == []
+    assert "percentile" not in {row["policy"] for row in rows_of(tmp_path)}
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == ["fixed rungs (exported)", "learned", "random", "oracle"]
+    bold = [text.get_fontweight() == "bold" for text in figure.axes[0].get_legend().get_texts()]
+    assert bold == [True, False, False, False]
 
 
 @pytest.mark.parametrize(("learned", "exported"), [(WORSE, "fixed"), (BETTER, "learned")])
@@ -171,6 +190,64 @@ def test_where_nothing_differs_the_ratio_has_a_scale(tmp_path):
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["-2 %", "fixed", "+2 %"]
 
 
+def left_behind(folder: Path, curves: dict[str, Curve], ms: np.ndarray | None, latency_ms: float | None) -> dict:
+    """Everything that a fit leaves of these curves: the summary, with what is written, logged and printed of it."""
+    found = judge(curves, RUNGS, RUNG_RANK, resamples=50, seed=0)
+    summary = {
+        "curves": table(curves, RUNG_RANK, ms), "documents": {"test": DOCUMENTS}, "ladder": {}, "seconds": 1.0,
+        "operating_point": {"kl": 0.25, "latency_ms": latency_ms}, **found.describe(),
+    }  # fmt: skip
+    figure = write_report(folder, summary)
+    log_report(new_logger(folder, "", fresh=True), figure, summary, {"seed": 0})
+    return summary
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """The HParams row's metrics."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.startswith("hp/")}
+
+
+def printed(summary: dict, folder: Path, capsys) -> str:
+    capsys.readouterr()
+    print_verdict(summary, folder)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_not_known_stays_blank_everywhere(tmp_path, capsys):
+    """An oracle that gains nothing, a clock that tells no rungs apart, and thresholds that miss a rung."""
+    missing = replace(PERCENTILE, points=PERCENTILE.points[2:])
+    curves = policies(WORSE, missing, oracle=replace(FIXED, name="oracle"))
+    summary = left_behind(tmp_path, curves, None, None)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["captured"] == {"share": None, "interval_95": None}
+    assert written["operating_point"]["latency_ms"] is written["net_ms"] is None
+    assert written["kl_at"]["percentile"] == [None, pytest.approx(0.21), pytest.approx(0.1)]
+    assert "latency_ms" not in rows_of(tmp_path)[0]
+    assert "latency_ms" not in json.dumps(written["curves"])
+    assert not [row for row in rows_of(tmp_path) if row["policy"] == "percentile" and row["aimed_at"] == "8.0"]
+    metrics = logged(tmp_path)
+    assert not {"hp/captured", "hp/latency"} & metrics.keys(), "no number stands for what is not known"
+    assert (metrics["hp/headroom"], metrics["hp/quality"]) == (0, pytest.approx(0.25))
+    shown = printed(summary, tmp_path, capsys)
+    assert "Headroom 0.0000 nats, which cannot be told from zero." in shown
+    assert "│ 8 │ 0.4000 │ - │ 0.4100 │ 0.5000 │ 0.4000 │" in shown
+    assert "captured" not in shown
+
+
+def test_what_is_known_is_shown_everywhere(tmp_path, capsys):
+    summary = left_behind(tmp_path, policies(BETTER), MS, 2.5)
+    metrics, share = logged(tmp_path), summary["captured"]["share"]
+    assert (metrics["hp/captured"], metrics["hp/latency"]) == (pytest.approx(share), 2.5)
+    assert metrics["hp/bytes_saved"] == pytest.approx(summary["bytes_saved"]["ratio"])
+    assert metrics["hp/learned_kl_at_8"] == pytest.approx(0.3)
+    assert [float(row["latency_ms"]) for row in rows_of(tmp_path)[:4]] == pytest.approx(MS[:4])
+    low, high = summary["captured"]["interval_95"]
+    shown = printed(summary, tmp_path, capsys)
+    assert f"captured {share:.0%} (95 % interval {low:.0%} to {high:.0%})" in shown
+    assert f" {summary['verdict']}. " in shown
+
+
 def test_an_adapter_that_does_nothing_has_its_figure(tmp_path):
     """No KL has a place on a logarithmic axis, and no ratio is one of nothing."""
     flat = {name: curve(name, [(rank, 0.0) for rank in RUNGS[:-1]]) for name in policies(WORSE)}
@@ -180,8 +257,13 @@ def test_an_adapter_that_does_nothing_has_its_figure(tmp_path):
 
 
 def test_a_rung_of_no_rank_has_its_place(tmp_path):
-    summary, _ = report(tmp_path, policies(WORSE))
-    summary["over_fixed"]["mean_rank"][0] = 0.0
-    for rows in summary["curves"].values():
-        rows[0]["mean_rank"] = 0.0
-    assert write_report(tmp_path, summary).axes[0].get_xlim()[0] < 0
+    """No adapter at all: nothing can be saved of no bytes, by fixed rungs or by anyone."""
+    ranks = np.array([0.0, *RUNG_RANK[1:]])
+    curves = policies(WORSE)
+    found = judge(curves, (0, *RUNGS[1:]), ranks, resamples=50, seed=0)
+    described = {"documents": {"test": DOCUMENTS}, **found.describe()}
+    figure = write_report(tmp_path, {"curves": table(curves, ranks, MS), **described})
+    assert figure.axes[0].get_xlim()[0] < 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [summary["curves"][name][0]["mean_rank"] for name in curves] == [0] * len(curves)
+    assert summary["over_fixed"]["bytes_saved"]["fixed"][0] == {"ratio": 0, "interval_95": [0, 0]}

@@ -29,7 +29,8 @@ def svd_of(points: dict[float, float]) -> SvdCurve:
     for number, kl in enumerate([*points.values()][:-1]):
         rungs = np.zeros((DOCUMENTS, len(points)))
         rungs[:, number] = 10.0
-        found.append(Point(float(number), Scores({"kl": kl * tokens, "perplexity": tokens}, tokens, rungs, rungs)))
+        own = Scores({"kl": kl * tokens, "perplexity": tokens}, tokens, rungs, rungs)
+        found.append(Point(float(number), own, number))
     return SvdCurve(Curve("svd", tuple(found)), np.array([*points], dtype=float))
 
 

@@ -1,9 +1,10 @@
 """Measure the learned policy and every baseline, by rules that favour none of them.
 
-Every policy's knob is set on validation documents and measured once on test documents, aimed at the mean rank of every
-fixed rung. Every run starts at that rung and keeps its prompt at or below it, so no prompt costs more than the
-baseline's. Pages stay in full precision: the comparison judges rank alone. Nobody is held to a budget, for means are to
-be equal; what the token bucket of serving makes of the learned policy is a curve of its own.
+Every policy's knob is set on validation documents, again and again until what it spends there is within 1 % of a fixed
+rung's bytes, and measured once on test documents; nothing is interpolated between knobs. Every run starts at that rung
+and holds its prompt at it, so no prompt costs more or less than the baseline's. Pages stay in full precision unless
+said: the comparison judges rank alone. Nobody is held to a budget, for means are to be equal; what the token bucket of
+serving makes of the learned policy is a curve of its own.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 from policy.contract import RankPolicy
 from policy.curve import KnobCurve
 from policy.fixed import FixedPolicy
 from policy.operating import Operating
-from policy.settings import Settings
+from policy.settings import FULL_KV, KVSettings, Settings
 
 from ..learn.calibrate import calibrate_knob, knob_grid
 from .scorer import Scores
 
 KNOB_POINTS = 5
+LEAST_COST = 1e-9
+CLOSE = 0.01
+"""A knob is set where what it spends on validation documents is within this share of what it is aimed at."""
+ROUNDS = 9
+"""How often a knob is set anew, at most; a rung that is not met then is none that this policy reaches."""
 
 
 class Bench(Protocol):
@@ -50,6 +55,8 @@ class Point:
 
     knob: float | None
     scores: Scores
+    rung: int
+    """Index of the rung whose bytes it was aimed at."""
 
 
 @dataclass(frozen=True)
@@ -58,96 +65,135 @@ class Curve:
 
     name: str
     points: tuple[Point, ...]
+    """One for every rung that it was aimed at and reaches."""
     knob_curve: KnobCurve | None = None
     config: dict[str, Any] = field(default_factory=dict)
     """How the policy was set up."""
+    others: tuple[Curve, ...] = ()
+    """The same of policies that were trained as it was, from other seeds."""
 
-    def at(
-        self,
-        ranks: ArrayLike,
-        rung_rank: np.ndarray,
-        documents: np.ndarray | None = None,
-        floor: float | None = None,
-    ) -> np.ndarray:
-        """KL at mean ranks [K]: linear between measured points and the exact top rung; nan below the cheapest point.
-
-        `documents` [D] counts how often each document is drawn (default: each once). With `floor`, the KL of the
-        cheapest rung, the line goes on to that rung below the cheapest point.
-        """
-        pairs = [rank_and_kl(point.scores, rung_rank, documents) for point in self.points]
-        measured, kls = zip(*sorted([*pairs, (float(rung_rank[-1]), 0.0)]), strict=True)
-        if floor is not None and measured[0] > rung_rank[0]:
-            measured, kls = (float(rung_rank[0]), *measured), (floor, *kls)
-        # A mean of equal ranks may differ from them in its last bits.
-        wanted = np.where(np.isclose(ranks, measured[0], rtol=1e-9, atol=0), measured[0], ranks)
-        return np.interp(wanted, measured, kls, left=np.nan)
+    @property
+    def members(self) -> tuple[Curve, ...]:
+        """It and the others."""
+        return (self, *self.others)
 
 
-def rank_and_kl(scores: Scores, rung_rank: np.ndarray, documents: np.ndarray | None) -> tuple[float, float]:
-    """Mean rank and KL per scored token, each document counted `documents` [D] times (default: once)."""
-    draws = np.ones_like(scores.tokens) if documents is None else documents
+def rank_and_kl(scores: Scores, rung_rank: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[R] mean rank and KL per scored token, each document counted as often as `draws` [R, D] say."""
     tokens = draws @ scores.tokens
-    return float(draws @ (scores.rungs @ rung_rank) / tokens), float(draws @ scores.sums["kl"] / tokens)
+    return draws @ (scores.rungs @ rung_rank) / tokens, draws @ scores.sums["kl"] / tokens
 
 
-def fixed_curve(policy: FixedPolicy, settings: Settings, test: Bench, name: str = "fixed") -> Curve:
-    """Every rung but the top, which is exact."""
-    aims = torch.arange(len(policy.rungs) - 1)
-    found = test.measure(policy, settings, Operating.at(aims.float(), aims), f"{name} on test")
-    return Curve(name, _points(aims.float().tolist(), found))
+def fixed_curve(
+    policy: FixedPolicy, settings: Settings, test: Bench, name: str = "fixed", *,
+    targets: Sequence[int] | None = None, kv: KVSettings = FULL_KV,
+) -> Curve:  # fmt: skip
+    """Every rung but the top, which is exact, or those of `targets`."""
+    aims = torch.arange(len(policy.rungs) - 1) if targets is None else torch.tensor(targets)
+    found = test.measure(policy, settings, Operating.at(aims.float(), aims, kv), f"{name} on test")
+    return Curve(name, _points(aims.float().tolist(), found, aims.tolist()))
 
 
 def policy_curve(
-    name: str,
-    policy: RankPolicy,
-    settings: Settings,
-    validation: Bench,
-    test: Bench,
-    cost: np.ndarray,
-    targets: Sequence[int],
-) -> Curve:
-    """Calibrate the knob on validation, then measure on test at the cost of every rung index in `targets`."""
-    costs: dict[float, float] = {}
+    name: str, policy: RankPolicy, settings: Settings, validation: Bench, test: Bench, cost: np.ndarray,
+    targets: Sequence[int], *, kv: KVSettings = FULL_KV,
+) -> Curve:  # fmt: skip
+    """Set the knob on validation, then measure on test at the cost of every rung index in `targets` that is reached."""
+    knobs, curve = set_knobs(name, policy, settings, validation, cost, targets, kv)
+    reached = sorted(knobs)
+    found: list[Scores] = []
+    if reached:
+        operating = Operating.at(torch.tensor([knobs[rung] for rung in reached]), torch.tensor(reached), kv)
+        found = test.measure(policy, settings, operating, f"{name} on test")
+    points = _points([knobs[rung] for rung in reached], found, reached)
+    return Curve(name, points, curve, policy.config())
 
-    def sweep(knobs: Sequence[float], starts: Sequence[int]) -> KnobCurve:
-        operating = Operating.at(torch.tensor(knobs), torch.tensor(starts))
+
+def set_knobs(
+    name: str, policy: RankPolicy, settings: Settings, validation: Bench, cost: np.ndarray, targets: Sequence[int],
+    kv: KVSettings = FULL_KV,
+) -> tuple[dict[int, float], KnobCurve]:  # fmt: skip
+    """The knob of every rung index in `targets` whose cost is met on validation documents, and the map between them."""
+
+    def spent(knobs: Sequence[float], starts: Sequence[int]) -> list[float]:
+        operating = Operating.at(torch.tensor(knobs), torch.tensor(starts), kv)
         found = validation.measure(policy, settings, operating, f"{name} on validation")
-        costs.update({knob: scores.mean(cost) for knob, scores in zip(knobs, found, strict=True)})
-        cheap, dear = policy.knob_range()
-        ordered = sorted(costs, reverse=cheap > dear)
-        return calibrate_knob(ordered, [costs[knob] for knob in ordered])
+        return [scores.mean(cost) for scores in found]
 
-    # First evenly over the knob, each run starting where one of its cost would; then where the aims fall.
-    knobs = knob_grid(policy, KNOB_POINTS)
-    curve = sweep(knobs, np.linspace(0, len(policy.rungs) - 1, KNOB_POINTS).round().astype(int).tolist())
-    curve = sweep([curve.knob(float(cost[rung])) for rung in targets], list(targets))
-    knobs = [curve.knob(float(cost[rung])) for rung in targets]
-    operating = Operating.at(torch.tensor(knobs), torch.tensor(targets))
-    return Curve(
-        name, _points(knobs, test.measure(policy, settings, operating, f"{name} on test")), curve, policy.config()
-    )
+    # First evenly over the knob, each run starting where one of its cost would; then every rung by itself.
+    grid = knob_grid(policy, KNOB_POINTS)
+    starts = np.linspace(0, len(policy.rungs) - 1, KNOB_POINTS).round().astype(int).tolist()
+    coarse = list(zip(grid, spent(grid, starts), strict=True))
+    own: dict[int, list[tuple[float, float]]] = {rung: [] for rung in targets}
+    found: dict[int, float] = {}
+    for _ in range(ROUNDS):
+        missing = [rung for rung in targets if rung not in found]
+        if not missing:
+            break
+        knobs = [next_knob(own[rung], coarse, float(cost[rung])) for rung in missing]
+        for rung, knob, got in zip(missing, knobs, spent(knobs, missing), strict=True):
+            own[rung].append((knob, got))
+            if abs(got - cost[rung]) <= CLOSE * cost[rung]:
+                found[rung] = knob
+    met = [(found[rung], own[rung][-1][1]) for rung in sorted(found)]
+    points = sorted({*met, coarse[0], coarse[-1]}, key=lambda point: point[0], reverse=grid[0] > grid[-1])
+    return found, calibrate_knob([knob for knob, _ in points], [got for _, got in points])
 
 
-def capped_curve(
-    curve: Curve, policy: RankPolicy, settings: Settings, test: Bench, cost: np.ndarray, targets: Sequence[int]
-) -> Curve:
-    """What serving makes of a policy's curve: the same knobs and starts, held to the cost of every rung in `targets`.
+def next_knob(own: Sequence[tuple[float, float]], coarse: Sequence[tuple[float, float]], wanted: float) -> float:
+    """Where a knob may spend `wanted`, from pairs of knob and what it spent: `own` in like runs, the latest last, and
+    `coarse` from the cheapest knob to the dearest in others, which are taken where the like ones leave a side open.
+
+    Linear in the logarithm of what is spent. Between two like runs an end that does not move counts half as far off
+    each time (the Illinois rule). With one side open the others are moved to where the latest like run was, which
+    counts twice as far off each time: so either way `wanted` is soon between two.
+    """
+    sign = 1.0 if coarse[-1][0] > coarse[0][0] else -1.0
+
+    def along(point: tuple[float, float]) -> float:
+        return sign * point[0]
+
+    def over(point: tuple[float, float]) -> float:
+        return float(np.log(max(point[1], LEAST_COST)) - np.log(max(wanted, LEAST_COST)))
+
+    low = max((point for point in own if point[1] <= wanted), key=along, default=None)
+    high = min((point for point in own if point[1] > wanted), key=along, default=None)
+    if low is not None and high is not None:
+        below = [cost <= wanted for _, cost in own]
+        repeated = next((n for n, side in enumerate(reversed(below)) if side != below[-1]), len(below)) - 1
+        ends = [over(low), over(high)]
+        ends[below[-1]] *= 0.5**repeated
+        share = min(max(ends[0] / (ends[0] - ends[1]), 0.02), 0.98)
+        return low[0] + share * (high[0] - low[0])
+    places, levels = [along(point) for point in coarse], np.array([over(point) for point in coarse])
+    if own:
+        # Other starts spend other bytes at the same knob.
+        levels += over(own[-1]) * 2 ** (len(own) - 1) - np.interp(along(own[-1]), places, levels)
+    levels = np.maximum.accumulate(levels)
+    at = float(np.interp(0.0, levels, places)) if levels[0] < levels[-1] else (places[0] + places[-1]) / 2
+    return sign * at
+
+
+def capped_curve(curve: Curve, policy: RankPolicy, settings: Settings, test: Bench, cost: np.ndarray) -> Curve:
+    """What serving makes of a policy's curve: the same knobs and starts, held to the cost of the rungs aimed at.
 
     The comparison itself lets every policy spend as it likes, so that equal means are equal; a served row has to keep
     its budget on every text.
     """
-    knobs = [point.knob for point in curve.points if point.knob is not None]
+    if not curve.points:
+        return Curve("capped", (), config=curve.config)
+    knobs, targets = [point.knob for point in curve.points], [point.rung for point in curve.points]
     budgets = torch.tensor([cost[rung] for rung in targets], dtype=torch.float64)
     operating = Operating.at(torch.tensor(knobs), torch.tensor(targets), budget=budgets)
     found = test.measure(policy, settings, operating, f"{curve.name}, capped, on test")
-    return Curve("capped", _points(knobs, found), config=curve.config)
+    return Curve("capped", _points(knobs, found, targets), config=curve.config)
 
 
 def oracle_curve(settings: Settings, oracle: OracleBench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:
     """The oracle at the mean rank of every rung index in `targets`."""
     found = oracle.measure(settings, [float(rung_rank[rung]) for rung in targets], targets)
-    return Curve("oracle", _points([None] * len(found), found))
+    return Curve("oracle", _points([None] * len(found), found, targets))
 
 
-def _points(knobs: Sequence[float | None], found: Sequence[Scores]) -> tuple[Point, ...]:
-    return tuple(Point(knob, scores) for knob, scores in zip(knobs, found, strict=True))
+def _points(knobs: Sequence[float | None], found: Sequence[Scores], rungs: Sequence[int]) -> tuple[Point, ...]:
+    return tuple(Point(*own) for own in zip(knobs, found, rungs, strict=True))

@@ -80,6 +80,8 @@ def tradeoff_figure(summary: dict[str, Any], run: str) -> Figure:
 def _draw_kl(axes: Axes, curves: dict[str, list[dict[str, Any]]], exported: str) -> None:
     for place, (name, rows) in enumerate(curves.items()):
         points = sorted((row["mean_rank"], row["kl"]) for row in rows)
+        if not points:
+            continue
         ranks, kls = zip(*points, strict=True)
         label = STYLE[name].label + (" (exported)" if name == exported else "")
         axes.plot(ranks, kls, label=label, **_line(name, exported, len(curves) - 1 - place))
@@ -90,7 +92,7 @@ def _draw_kl(axes: Axes, curves: dict[str, list[dict[str, Any]]], exported: str)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title("KL to full rank, nats per token", fontsize=14, loc="left")
     legend = axes.legend(frameon=False, fontsize=13, handlelength=1.6, labelspacing=0.25, loc="lower left")
-    for text, name in zip(legend.get_texts(), curves, strict=True):
+    for text, name in zip(legend.get_texts(), (name for name, rows in curves.items() if rows), strict=True):
         text.set_fontweight("bold" if name == exported else "normal")
 
 

@@ -1,4 +1,8 @@
-"""The oracle: what any policy could gain at most, knowing every rung's damage on these very documents."""
+"""Oracles: what choosing could gain at most, with every rung's damage on these very documents known from tables.
+
+Of uniform runs, by which a choice looks better than it is: `table_oracle` reads them off, for choices per token and per
+chunk, and `Oracle` measures the per-chunk choice of the settings in runs that really mix.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ CLOSE = 0.01
 
 @dataclass(frozen=True)
 class Hindsight:
-    """What the oracle knows of one document's C chunks."""
+    """What the oracle knows of one document's C chunks that have scored tokens."""
 
     starts: Tensor
     """[C] long"""
@@ -111,6 +115,20 @@ def oracle_rungs(damage: Tensor, tokens: Tensor, rung_rank: Tensor, mean_rank: f
 
 
 def by_position(starts: Tensor, values: Tensor, length: int) -> Tensor:
-    """Spread one value per chunk over the chunk's positions: starts [C] from 0, values [C] -> [length]."""
+    """Spread one value per chunk over the chunk's positions: starts [C], values [C] -> [length]. What comes before the
+    first start has its value."""
     positions = torch.arange(length)
-    return values[torch.searchsorted(starts, positions, right=True) - 1]
+    return values[(torch.searchsorted(starts, positions, right=True) - 1).clamp(min=0)]
+
+
+def table_oracle(tables: Sequence[Tensor], rung_rank: Tensor, mean_ranks: Sequence[float], tokens: int) -> list[float]:
+    """KL per scored token at each of `mean_ranks` of the best choice per `tokens` tokens, by tables [T, J] of scored
+    tokens: what a choice would gain if uniform runs told what a mixed one does."""
+    parts = [part for table in tables for part in table.split(tokens)]
+    damage = torch.stack([part.mean(0) for part in parts])
+    count = torch.tensor([float(len(part)) for part in parts])
+    found = []
+    for mean_rank in mean_ranks:
+        rung = oracle_rungs(damage, count, rung_rank, mean_rank)
+        found.append(float((damage.gather(1, rung[:, None])[:, 0] * count).sum() / count.sum()))
+    return found

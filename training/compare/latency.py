@@ -13,7 +13,7 @@ from policy.cost import LatencyTable
 from policy.rungs import Rung
 from runtime.ladder import Ladder
 from runtime.loading import device_name
-from runtime.plan import static_plan
+from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
 from runtime.reference.run import AdaptiveCache, AdaptiveRun
 
@@ -45,6 +45,26 @@ def measure_latency(
     spread = max(quartiles[2] - quartiles[0] for quartiles in (statistics.quantiles(t, n=4) for t in times.values()))
     ms = {rung: statistics.median(t) for rung, t in times.items()}
     return LatencyTable(device_name(model.device), tuple(ms[rung] for rung in rungs), ms[0], spread)
+
+
+@torch.no_grad()
+def measure_controller(
+    model: PreTrainedModel, plan: RunPlan, *, context_tokens: int = 64, rounds: int = 6, steps: int = 4
+) -> float:
+    """Median milliseconds that deciding adds to a decode step at batch 1: steps of `plan`, which decides, less those of
+    the same rung when none decides, round by round in turn."""
+    start = plan.ladder.rungs[int(plan.operating.start_rung[0])]
+    blind = static_plan(plan.ladder, start)
+    tokens = (torch.arange(context_tokens, device=model.device) % model.config.vocab_size)[None]
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds + 1):
+        for deciding, own in ((True, plan), (False, blind)):
+            with activate(model, own) as run:
+                cache = run.new_cache(1)
+                run.logits(tokens, None, cache, keep=1)
+                measured = [_step_ms(run, cache, tokens[:, -1:]) for _ in range(steps)]
+            times[deciding] += measured if number else []
+    return statistics.median(times[True]) - statistics.median(times[False])
 
 
 def _step_ms(run: AdaptiveRun, cache: AdaptiveCache, token: Tensor) -> float:

@@ -23,12 +23,14 @@ from transformers import PreTrainedModel
 
 from policy.contract import RankPolicy
 from policy.operating import Operating
-from policy.settings import Settings
+from policy.settings import MODEL_SIGNALS, Settings
 from runtime.control.record import PROMPT, RESPONSE, Keep, count_rungs
+from runtime.control.stream import Stream
 from runtime.ladder import Ladder
 from runtime.plan import RunPlan, static_plan
 from runtime.reference.adaptive import activate
-from runtime.reference.run import AdaptiveCache
+from runtime.reference.run import AdaptiveCache, AdaptiveRun
+from runtime.reference.whole import settled
 
 from ..documents import Batch, Example, batches, make_batch, positions_within
 from ..progress import with_progress
@@ -163,8 +165,13 @@ class Scorer:
         examples: Sequence[Example],
         measures: Sequence[str] = tuple(MEASURES),
         rows: int = 48,
+        whole: bool = False,
     ) -> None:
-        self.model, self.ladder, self.examples, self.rows = model, ladder, examples, rows
+        """With `whole`, decode is scored by whole texts whose decisions have settled, not token by token."""
+        self.model, self.ladder, self.examples, self.rows, self.whole = model, ladder, examples, rows, whole
+        self._outputs: dict[tuple[str, int, int], Tensor] = {}
+        """Where a text's decisions settle from: what the model put out when it last ran under such a policy, from the
+        same start rung."""
         self.measures = {name: MEASURES[name] for name in measures}
         self._exact: dict[int, Exact] = {}
 
@@ -196,15 +203,20 @@ class Scorer:
             scored = batch.scored.bool()
             exact = self._exact_of(documents)
             started = time.perf_counter()
-            with activate(self.model, plan_for(documents, at), keep=Keep.RUNGS) as run:
-                cache = run.new_cache(len(at), prompt_tokens=batch.prompt_tokens)
-                logits = run.logits_at(batch.tokens, batch.real, cache, scored)
+            plan = plan_for(documents, at)
+            with activate(self.model, plan, keep=Keep.RUNGS) as run:
+                if self.whole and plan.settings.block_tokens == 1 and plan.operating.kv.is_full and plan.policy.looks:
+                    logits, stream, kv = *self._settled(run, documents, batch, scored), None
+                else:
+                    cache = run.new_cache(len(at), prompt_tokens=batch.prompt_tokens)
+                    logits = run.logits_at(batch.tokens, batch.real, cache, scored)
+                    stream, kv = cache.stream, KVBytes.of(cache) if apart or points == 1 else None
             # Reading a number waits for the device, so that the clock sees the whole forward.
             lengths, tokens = batch.real.sum(1).tolist(), scored.sum(1).tolist()
             seconds = time.perf_counter() - started
             values = self._measured(logits, batch.tokens.roll(-1, 1)[scored], tokens, exact)
-            active, count = cache.stream.active_rungs(), len(cache.stream.policy.rungs)
-            beside = cache.stream.sums.beside
+            active, count = stream.active_rungs(), len(stream.policy.rungs)
+            beside = stream.sums.beside
             rungs, prompt_rungs = (
                 (count_rungs(active, where, count) + beside[:, part]).cpu().numpy()
                 for where, part in ((scored, RESPONSE), (batch.prompt(), PROMPT))
@@ -218,8 +230,25 @@ class Scorer:
                 mine.processed += lengths[row]
                 mine.ms += 1000 * seconds / len(at)
             for point in set(at):
-                found[point].kv.append(KVBytes.of(cache) if apart or points == 1 else None)
+                found[point].kv.append(kv)
         return [sums.scores() for sums in found]
+
+    def _settled(
+        self, run: AdaptiveRun, documents: Sequence[int], batch: Batch, scored: Tensor
+    ) -> tuple[Tensor, Stream]:
+        """Logits [N, V] of the scored tokens, and what decided, of texts run as a whole."""
+        starts = run.plan.operating.for_rows(len(documents)).start_rung.tolist()
+        keys = [(run.plan.policy.kind, *own) for own in zip(documents, starts, strict=True)]
+        known, outputs = [self._outputs.get(key) for key in keys], None
+        if all(own is not None for own in known):
+            outputs = torch.zeros(*batch.tokens.shape, len(MODEL_SIGNALS), device=batch.tokens.device)
+            for row, own in enumerate(known):
+                assert own is not None
+                outputs[row, : len(own)] = own
+        found = settled(run, batch.tokens, batch.real, batch.prompt_tokens, outputs=outputs)
+        for key, own, length in zip(keys, found.outputs, batch.real.sum(1).tolist(), strict=True):
+            self._outputs[key] = own[:length].clone()
+        return found.logits[scored], found.stream
 
     def _batches(self, groups: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], Batch]]:
         """(documents [B], points [B], the batch): every document at every point, those of a group side by side."""

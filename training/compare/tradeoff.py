@@ -33,6 +33,7 @@ def table(
             scores = point.scores
             row: dict[str, Any] = {} if point.knob is None else {STYLE[name].knob: point.knob}
             row |= {
+                "aimed_at": float(rung_rank[point.rung]),
                 "mean_rank": scores.mean(rung_rank),
                 "kl": scores.value("kl"),
                 **({} if rung_ms is None else {"latency_ms": scores.mean(rung_ms)}),
@@ -78,8 +79,10 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
         "hp/quality": summary["operating_point"]["kl"],
         "hp/latency": summary["operating_point"]["latency_ms"],
         "hp/headroom": summary["headroom"]["nats"],
-        "hp/captured": summary["captured"]["share"] or 0.0,
+        "hp/captured": summary["captured"]["share"],
     }
+    if summary["bytes_saved"] is not None:
+        metrics["hp/bytes_saved"] = summary["bytes_saved"]["ratio"]
     compared = over_fixed["compared"]["learned"]
     if compared is not None:
         metrics["hp/learned_over_fixed"] = compared["ratio"]
@@ -87,7 +90,8 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
         metrics["hp/svd_bytes_over_ladder"] = ladder["fewer_bytes"]
     learned = zip(summary["compared_at"], summary["kl_at"]["learned"], strict=True)
     metrics |= {f"hp/learned_kl_at_{rank}": kl for rank, kl in learned}
-    logger.log_hyperparams(flat(params), metrics)
+    # What is not known stays blank.
+    logger.log_hyperparams(flat(params), {name: value for name, value in metrics.items() if value is not None})
     logger.finalize("success")
 
 
@@ -113,11 +117,12 @@ def _csv(summary: dict[str, Any]) -> str:
         if name not in over_fixed["kl"]:
             rows += [{"policy": name, **row} for row in points]
             continue
-        read = zip(points, over_fixed["mean_rank"], over_fixed["kl"][name], over_fixed["at_rank"][name], strict=True)
-        for row, rank, kl, found in read:
+        for row in points:
+            at = over_fixed["mean_rank"].index(row["aimed_at"])
+            kl, found = over_fixed["kl"][name][at], over_fixed["at_rank"][name][at]
             low, high = (None, None) if found is None else found["interval_95"]
             ratio = None if found is None else found["ratio"]
-            equal = {"at_rank": rank, "kl_at_rank": kl, "over_fixed": ratio, "over_fixed_low": low}
+            equal = {"kl_at_rank": kl, "over_fixed": ratio, "over_fixed_low": low}
             rows.append({"policy": name, **row, **equal, "over_fixed_high": high})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")

@@ -20,7 +20,7 @@ from runtime.ladder import Adapter, Ladder, LoraFactors, build_ladder
 from runtime.ladder.factors import SVD
 
 from ..task import common_rank
-from .curves import Curve, fixed_curve, rank_and_kl
+from .curves import Curve, fixed_curve
 from .scorer import HeldOut
 
 HEADLINE_SHARE = 1 / 4
@@ -96,8 +96,8 @@ def measure_svd(test: HeldOut, settings: Settings) -> SvdCurve | None:
 
 def compare_with_svd(fixed: Curve, rung_rank: np.ndarray, svd: SvdCurve) -> list[Reached]:
     """Every svd rung whose KL the fixed rungs of the ladder in use reach, cheapest first."""
-    points = sorted(rank_and_kl(point.scores, rung_rank, None) for point in fixed.points)
-    theirs = sorted(rank_and_kl(point.scores, svd.rung_rank, None) for point in svd.curve.points)
+    points = sorted((point.scores.mean(rung_rank), point.scores.value("kl")) for point in fixed.points)
+    theirs = sorted((p.scores.mean(svd.rung_rank), p.scores.value("kl")) for p in svd.curve.points)
     ranks, kls = (np.array(column) for column in zip(*points, strict=True))
     found = []
     for rank, kl in theirs:

@@ -3,16 +3,17 @@
 Two measurements per document, each over real text on the real model:
 
     damage_table   every rung at every scale, uniform over the document                       [T, J, G]
-    trajectory     the run under some policy: where chunks opened and what the policy saw     [C], [C, 18]
+    trajectory     the run under some policy: where chunks opened and what the policy saw     [C], [C, F]
 
 plus, on a random sample of chunks, `later_damage`: one chunk at a rung, everything else at full rank, and the KL of the
 tokens behind it, which is damage that reaches them through the KV cache alone.
 
-Shape legend: T tokens of a document, C its chunks, J rungs, G scales, V vocabulary.
+Shape legend: T tokens of a document, C its chunks, F features, J rungs, G scales, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor
 
 from policy.contract import Summary
+from policy.difficulty import Difficulty
+from policy.learned import LearnedPolicy
 from policy.operating import Operating
 from runtime.reference.adaptive import AdaptiveRun
+from runtime.reference.whole import settled
 
 from ..documents import Batch, Example, make_batch, positions_within
 
@@ -29,6 +33,8 @@ LOGITS_BYTES = 2**29
 """Float32 logits of one pass of a damage table take no more, unless one row alone does."""
 ROWS = 24
 """Rows of one pass of a damage table, at most, unless a rung has more scales."""
+GPU_ROWS, GPU_PADDING = 256, 0.5
+"""The same on a GPU, which a few rows do not fill, and how much of a pass may be padding there."""
 MOST_PADDING = 0.05
 """Documents share such a pass while padding costs no more than this of their tokens."""
 
@@ -83,7 +89,8 @@ def damage_table(run: AdaptiveRun, examples: Sequence[Example], scales: Tensor) 
     rungs, grid = scales.shape
     tables = [torch.zeros(len(example["input_ids"]), rungs, grid) for example in examples]
     positions = positions_within(run.model, LOGITS_BYTES)
-    groups = _alike([len(own) for own in tables], ROWS // grid, positions // grid)
+    most, padding = (GPU_ROWS, GPU_PADDING) if run.model.device.type == "cuda" else (ROWS, MOST_PADDING)
+    groups = _alike([len(own) for own in tables], most // grid, positions // grid, padding)
     for portion in _portions(groups, [len(own) for own in tables], positions // 2):
         together = [_Group.of(run, index, [examples[document] for document in index]) for index in portion]
         for rung in range(rungs - 1):
@@ -132,13 +139,13 @@ def _uniform(run: AdaptiveRun, batch: Batch, scales: Tensor, rung: int) -> Tenso
     return run.gated(tokens, real, weights.repeat(len(batch.tokens), 1, 1))
 
 
-def _alike(lengths: Sequence[int], most: int, positions: int) -> Iterator[list[int]]:
+def _alike(lengths: Sequence[int], most: int, positions: int, padding: float = MOST_PADDING) -> Iterator[list[int]]:
     """Documents of these lengths in groups of like length: of several `most`, and at most `positions` with padding."""
     group: list[int] = []
     for document in sorted(range(len(lengths)), key=lambda document: lengths[document]):
         longest = lengths[document]
         padded, real = (len(group) + 1) * longest, sum(lengths[own] for own in group) + longest
-        if group and (len(group) >= most or padded > positions or padded - real > MOST_PADDING * real):
+        if group and (len(group) >= most or padded > positions or padded - real > padding * real):
             yield group
             group = []
         group.append(document)
@@ -168,29 +175,67 @@ class Trajectory:
     starts: Tensor
     """[C] long"""
     features: Tensor
-    """[C, 18] float32, `Summary.features()`"""
+    """[C, F] float32, `Summary.features()`"""
     complexity: Tensor
     """[T] float32"""
+    log_lambda: float = math.nan
+    """The knob that it ran at, of a learned policy's own."""
+    damage: Tensor | None = None
+    """[T, J, G] KL of the rungs that were measured inside of this run, nan where none was; None: nowhere."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A batch that ran under a policy."""
+
+    record: dict[str, Tensor]
+    """`Record.columns`"""
+    weights: Tensor
+    """[B, T, J] what gated every token."""
+    log_lambda: Tensor
+    """[B] the knob of every row, nan where the policy is not a learned one."""
+
+    def trajectories(self, real: Tensor) -> list[Trajectory]:
+        """What was decided in every row; real [B, T] bool."""
+        record = {name: value.cpu() for name, value in self.record.items()}
+        found = []
+        for row, length in enumerate(real.sum(1).tolist()):
+            opened = (record["opens"][row] & record["real"][row]).nonzero()[:, 0]
+            held, valid, first, positions, age, hidden = (
+                record[name][row, opened] for name in ("held", "held_valid", "first", "positions", "age", "hidden")
+            )
+            features = Summary(held, valid, first, positions, age=age, hidden=hidden).features()
+            complexity = record["complexity"][row, :length]
+            found.append(Trajectory(positions, features, complexity, float(self.log_lambda[row])))
+        return found
 
 
 @torch.no_grad()
-def trajectories(run: AdaptiveRun, batch: Batch, operating: Operating) -> list[Trajectory]:
-    """Run a batch under the run's own policy at what its rows may spend and read off what it decided on.
+def decided(run: AdaptiveRun, batch: Batch, operating: Operating, difficulty: Difficulty | None = None) -> Ran:
+    """Run a batch, already on the model's device, under the run's own policy at what its rows may spend.
 
-    The run must keep its record.
+    `difficulty` are the tables of every row. The run must keep its record.
     """
-    batch = batch.to(run.model.device)
-    cache = run.new_cache(batch.tokens.shape[0], prompt_tokens=batch.prompt_tokens, operating=operating)
+    operating = operating.for_rows(len(batch.tokens))
+    learned = isinstance(run.plan.policy, LearnedPolicy)
+    log_lambda = operating.knob if learned else torch.full_like(operating.knob, torch.nan)
+    if run.plan.settings.block_tokens == 1 and operating.kv.is_full:
+        whole = settled(run, batch.tokens, batch.real, batch.prompt_tokens, operating, difficulty=difficulty)
+        return Ran(whole.stream.columns(), whole.weights, log_lambda)
+    cache = run.new_cache(
+        len(batch.tokens), prompt_tokens=batch.prompt_tokens, operating=operating, difficulty=difficulty
+    )
     run.logits(batch.tokens, batch.real, cache, keep=1)
-    record = {name: value.cpu() for name, value in cache.stream.columns().items()}
-    found = []
-    for row in range(batch.tokens.shape[0]):
-        opened = (record["opens"][row] & record["real"][row]).nonzero()[:, 0]
-        seen = (record[name][row, opened] for name in ("held", "held_valid", "first", "positions"))
-        length = int(batch.real[row].sum())
-        features = Summary(*seen).features()
-        found.append(Trajectory(record["positions"][row, opened], features, record["complexity"][row, :length]))
-    return found
+    record = cache.stream.columns()
+    return Ran(record, record["weights"], log_lambda)
+
+
+def trajectories(
+    run: AdaptiveRun, batch: Batch, operating: Operating, difficulty: Difficulty | None = None
+) -> list[Trajectory]:
+    """What the run's own policy decides on, document by document; arguments as in `decided`."""
+    batch = batch.to(run.model.device)
+    return decided(run, batch, operating, difficulty).trajectories(batch.real)
 
 
 @torch.no_grad()

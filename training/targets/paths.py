@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,24 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy.difficulty import Difficulty
 from policy.operating import Operating
 from policy.settings import Settings
 from runtime.control.record import Keep
 from runtime.plan import RunPlan
-from runtime.reference.adaptive import activate
+from runtime.reference.adaptive import AdaptiveRun, activate
 
 from ..amounts import AROUND_ONE
-from ..documents import Example, make_batch
+from ..documents import Batch, Example, make_batch, positions_within
 from ..learn.calibrate import best_scales, calibrated_settings
 from ..task import AdapterTask, FitContext, Targets, common_rungs, full_rank_plan, scale_grid
-from .damage import Trajectory, damage_table, trajectories
+from .damage import LOGITS_BYTES, Trajectory, damage_table, trajectories
 from .samples import LaterDamage, Samples, document_samples, measure_later_damage
+from .token_difficulty import FoldedDifficulty, fit_difficulty
 
-TRAJECTORY_DOCUMENTS = 16
+TRAJECTORY_DOCUMENTS = 48
 """Documents per shard of trajectories: one row each, where a shard of targets has a row per rung and scale."""
 
 OperatingFor = Callable[[int, int], Operating]
 """(rows, shard) -> what the rows of a shard's batch may spend."""
+Measure = Callable[[AdaptiveRun, Batch, Operating, Difficulty | None, int], list[Trajectory]]
+"""(run, batch, what its rows may spend, token difficulty of every row, shard) -> their trajectories."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,12 @@ def collect_targets(
 ) -> tuple[list[AdapterTask], Calibrated]:
     """The tasks with tables and full-rank trajectories of their train and validation documents, and what follows.
 
-    Settings, scales and later damage are set from train documents alone.
+    Settings, scales, token difficulty and later damage are set from train documents alone. Trajectories are those of
+    both ways to process a text: token by token, as decode does, and in the blocks of prefill.
     """
     common_rungs(tasks)
+    # A saved ladder knows what an earlier fit learned of tokens; this one learns it anew.
+    tasks = [replace(task, ladder=replace(task.ladder, difficulty=None)) for task in tasks]
     scales = scale_grid(context.amounts, tasks)
     grids = [torch.tensor(scales).expand(len(task.ladder.rungs), -1) for task in tasks]
     tables = [
@@ -63,17 +71,34 @@ def collect_targets(
     ]
     first = [full_rank_paths(context, task, "trajectory-uncalibrated", task.corpus.train, settings) for task in tasks]
     settings = calibrated_settings(settings, [path for own in first for path in own])
-    paths = [full_rank_paths(context, task, "trajectory-full", task.labelled, settings) for task in tasks]
-    targets = [Targets(*both) for both in zip(tables, paths, strict=True)]
-    with_targets = [replace(task, targets=own) for task, own in zip(tasks, targets, strict=True)]
+    with_targets = [_with_targets(context, task, own, settings) for task, own in zip(tasks, tables, strict=True)]
     later = _later_damage(context, with_targets)
     training = Samples.concatenate([part for task in with_targets for part in _train_samples(task, later)])
     return with_targets, Calibrated(settings, best_scales(training.damage, training.tokens, scales), later)
 
 
+def _with_targets(context: FitContext, task: AdapterTask, tables: list[Tensor], settings: Settings) -> AdapterTask:
+    train = task.corpus.train
+    vocabulary = context.model.config.get_text_config(decoder=True).vocab_size
+    difficulty = fit_difficulty(train, tables[: len(train)], task.ladder.rungs, vocabulary)
+    task = replace(task, ladder=replace(task.ladder, difficulty=difficulty.whole))
+    paths = {
+        own.block_tokens: full_rank_paths(
+            context, task, f"trajectory-full-{own.block_tokens}", task.labelled, own, difficulty
+        )
+        for own in judged_blocks(settings)
+    }
+    return replace(task, targets=Targets(tables, paths, difficulty))
+
+
+def judged_blocks(settings: Settings) -> list[Settings]:
+    """Settings of decode, a block of one token, and of the prefill that is asked for."""
+    return [replace(settings, block_tokens=tokens) for tokens in sorted({1, settings.block_tokens})]
+
+
 def _train_samples(task: AdapterTask, later: LaterDamage) -> list[Samples]:
     train, found = task.corpus.train, task.found()
-    return document_samples(train, found.paths[: len(train)], found.tables[: len(train)], later)
+    return document_samples(train, found.paths[1][: len(train)], found.tables[: len(train)], later)
 
 
 def _later_damage(context: FitContext, tasks: Sequence[AdapterTask]) -> LaterDamage:
@@ -81,10 +106,11 @@ def _later_damage(context: FitContext, tasks: Sequence[AdapterTask]) -> LaterDam
     for task in tasks:
         train = task.corpus.train
         with context.full_rank(task) as run:
-            paths = task.found().paths[: len(train)]
+            paths = task.found().paths[1][: len(train)]
             found.append(measure_later_damage(run, train, paths, context.amounts, context.seed))
     later = LaterDamage.mean(found)
-    context.say(f"later damage: {later.ratio:.3f} nats per nat, from {later.chunks} chunks, {later.tokens} tokens")
+    worst = max(later.nats, default=0.0)
+    context.say(f"later damage: at most {worst:.2g} nats a token, from {later.chunks} chunks, {later.tokens} tokens")
     return later
 
 
@@ -103,25 +129,58 @@ def collect_tables(
 
 
 def full_rank_paths(
-    context: FitContext, task: AdapterTask, name: str, examples: Sequence[Example], settings: Settings
-) -> list[Trajectory]:
+    context: FitContext, task: AdapterTask, name: str, examples: Sequence[Example], settings: Settings,
+    difficulty: FoldedDifficulty | None = None,
+) -> list[Trajectory]:  # fmt: skip
     """Trajectories of the exact adapter."""
     plan = full_rank_plan(task, settings)
-    return collect_paths(context, task, name, plan, examples, {"policy": None}, lambda rows, shard: plan.operating)
+    return collect_paths(
+        context, task, name, plan, examples, {"policy": None}, lambda rows, shard: plan.operating, difficulty=difficulty
+    )
+
+
+def _as_decided(
+    run: AdaptiveRun, batch: Batch, operating: Operating, difficulty: Difficulty | None, shard: int
+) -> list[Trajectory]:
+    return trajectories(run, batch, operating, difficulty)
 
 
 def collect_paths(
     context: FitContext, task: AdapterTask, name: str, plan: RunPlan, examples: Sequence[Example],
-    key: dict[str, object], operating: OperatingFor,
+    key: dict[str, object], operating: OperatingFor, measure: Measure = _as_decided,
+    difficulty: FoldedDifficulty | None = None,
 ) -> list[Trajectory]:  # fmt: skip
-    """Trajectories of `examples` under a plan's policy; `key` names what they depend on beside its settings."""
+    """Trajectories of `examples` under a plan's policy; `key` names what they depend on beside its settings.
+
+    With `difficulty`, whose documents they are, each sees the tables that it may see; else those of its ladder.
+    """
 
     def paths(group: Sequence[Example], shard: int) -> dict[str, list[Tensor]]:
-        with activate(context.model, plan, keep=Keep.DECISIONS) as run:
-            found = trajectories(run, make_batch(group), operating(len(group), shard))
-        return {field: [getattr(path, field) for path in found] for field in ("starts", "features", "complexity")}
+        first = shard * TRAJECTORY_DOCUMENTS
+        tables = None if difficulty is None else difficulty.rows(range(first, first + len(group)))
+        with activate(context.model, plan, keep=Keep.DECISIONS, hidden=context.hidden) as run:
+            spent = operating(len(group), shard).for_rows(len(group))
+            rows = max(1, positions_within(run.model, LOGITS_BYTES) // max(len(own["input_ids"]) for own in group))
+            found: list[Trajectory] = []
+            for part in torch.arange(len(group)).split(rows):
+                own = None if tables is None else tables.select(part)
+                some = make_batch([group[row] for row in part.tolist()])
+                found += measure(run, some, spent.select(part), own, shard)
+        columns = {field: [getattr(path, field) for path in found] for field in ("starts", "features", "complexity")}
+        columns["log_lambda"] = [torch.tensor(path.log_lambda) for path in found]
+        damage = [path.damage for path in found if path.damage is not None]
+        return {**columns, "damage": damage} if damage else columns
 
-    full_key = {"settings": plan.settings.to_dict(), **key}
+    prints = [digest(own) for own in (() if difficulty is None else (difficulty.whole, *difficulty.folds))]
+    full_key = {"settings": plan.settings.to_dict(), "difficulty": prints, "hidden": context.hidden, **key}
     columns = context.collect(task, name, examples, TRAJECTORY_DOCUMENTS, full_key, paths)
-    parts = zip(columns["starts"], columns["features"], columns["complexity"], strict=True)
-    return [Trajectory(*columns) for columns in parts]
+    knobs = [float(own) for own in columns["log_lambda"]]
+    parts = (columns["starts"], columns["features"], columns["complexity"], knobs)
+    damage: list[Tensor | None] = [*columns.get("damage", [None] * len(examples))]
+    return [Trajectory(*own) for own in zip(*parts, damage, strict=True)]
+
+
+def digest(difficulty: Difficulty) -> str:
+    """12 hex digits over both tables."""
+    codes = torch.cat([difficulty.token, difficulty.pair]).cpu().numpy().tobytes()
+    return hashlib.sha256(codes).hexdigest()[:12]

@@ -1,14 +1,14 @@
 """Chunks as training samples: what the policy saw, and what every rung would have cost there.
 
-The damage of a chunk is the KL of its own scored tokens plus an estimate of what it does to later ones: the measured
-ratio of later to immediate damage, times the KL of all its tokens. Prompt chunks score no token themselves; for them
-the second part is all there is.
+The damage of a chunk is the KL of its own scored tokens, where it was measured, and what its rung does to later tokens
+through the cache: a number per rung, the mean over a random sample of chunks, for it is too dear to measure at each.
+Chunks without a scored token, those of a prompt, are left out: a prompt runs at the start rung.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,16 +16,17 @@ from torch import Tensor
 from runtime.reference.adaptive import AdaptiveRun
 
 from ..amounts import Amounts
-from ..documents import Example
+from ..documents import Example, scored_tokens
 from ..progress import with_progress
 from .damage import Trajectory, later_damage
 
 
 @dataclass(frozen=True)
 class LaterDamage:
-    """Later KL per nat of immediate KL, from a random sample of chunks (all rungs below the top together)."""
+    """What one token at a rung costs later ones, the rest at full rank: from a random sample of chunks."""
 
-    ratio: float
+    nats: tuple[float, ...]
+    """[J] KL of the tokens behind a chunk, per token of the chunk."""
     chunks: int
     tokens: int
     """Later tokens followed, over all sampled chunks."""
@@ -33,8 +34,8 @@ class LaterDamage:
     @staticmethod
     def mean(parts: Sequence[LaterDamage]) -> LaterDamage:
         """Of several tasks, each with the same weight."""
-        ratio = sum(part.ratio for part in parts) / len(parts)
-        return LaterDamage(ratio, sum(part.chunks for part in parts), sum(part.tokens for part in parts))
+        nats = tuple(sum(values) / len(parts) for values in zip(*(part.nats for part in parts), strict=True))
+        return LaterDamage(nats, sum(part.chunks for part in parts), sum(part.tokens for part in parts))
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,22 @@ class Samples:
     """N chunks."""
 
     features: Tensor
-    """[N, 18]"""
+    """[N, F]"""
     damage: Tensor
-    """[N, J, G] nats per token of the chunk"""
+    """[N, J, G] nats per token of the chunk, nan where it was not measured"""
     tokens: Tensor
     """[N] float32 tokens of the chunk"""
     scored: Tensor
     """[N] float32 how many of them are scored"""
+    log_lambda: Tensor
+    """[N] the knob that the chunk's run was at, nan where that was no learned policy's"""
 
     def __len__(self) -> int:
         return self.features.shape[0]
 
     @staticmethod
     def concatenate(parts: Sequence[Samples]) -> Samples:
-        return Samples(
-            *(torch.cat([getattr(p, name) for p in parts]) for name in ("features", "damage", "tokens", "scored"))
-        )
+        return Samples(*(torch.cat([getattr(p, own.name) for p in parts]) for own in fields(Samples)))
 
 
 def measure_later_damage(
@@ -67,44 +68,64 @@ def measure_later_damage(
     amounts: Amounts,
     seed: int,
 ) -> LaterDamage:
-    """Sample chunks of the given trajectories without replacement and measure what they do to later tokens."""
+    """Sample chunks of responses without replacement and measure what each of their rungs does to later tokens."""
     generator = torch.Generator().manual_seed(seed)
-    every = [(doc, i) for doc, path in enumerate(paths) for i in range(len(path.starts) - 1)]
-    if not every:
-        return LaterDamage(0.0, 0, 0)
+    every = [
+        (doc, i)
+        for doc, path in enumerate(paths)
+        for i, start in enumerate(path.starts[:-1].tolist())
+        if start + 1 >= examples[doc]["prompt_tokens"]
+    ]
+    rungs = len(run.plan.ladder.rungs)
     chosen = torch.randperm(len(every), generator=generator)[: amounts.later_chunks].tolist()
-    immediate_sum = later_sum = 0.0
-    tokens = 0
+    later_sum, own_tokens, tokens = torch.zeros(rungs, dtype=torch.float64), 0, 0
     for number in with_progress(chosen, "later damage", len(chosen)):
         doc, i = every[number]
         start, end = (int(p) for p in paths[doc].starts[i : i + 2])
-        immediate, later = later_damage(run, examples[doc], start, end, amounts.later_tokens)
-        immediate_sum += float(immediate[:-1].sum())
-        later_sum += float(later[:-1].sum())
+        _, later = later_damage(run, examples[doc], start, end, amounts.later_tokens)
+        later_sum += later.double()
+        own_tokens += end - start
         tokens += min(amounts.later_tokens, len(examples[doc]["input_ids"]) - end)
-    ratio = later_sum / immediate_sum if immediate_sum > 0 else 0.0
-    return LaterDamage(ratio, len(chosen), tokens)
+    return LaterDamage(tuple((later_sum / max(1, own_tokens)).tolist()), len(chosen), tokens)
 
 
 def chunk_samples(example: Example, path: Trajectory, table: Tensor, later: LaterDamage) -> Samples:
-    """One document's chunks; table [T, J, G] is its `damage_table`."""
+    """One document's chunks that have scored tokens; table [T, J, G] is its `damage_table`, or what was measured of it,
+    nan elsewhere."""
     length = len(example["input_ids"])
-    positions = torch.arange(length)
-    scored = (positions + 1 >= example["prompt_tokens"]) & (positions + 1 < length)
-    # The last token predicts nothing that is there to be scored.
-    cost = table * (scored[:, None, None] + later.ratio * (positions + 1 < length)[:, None, None])
+    scored = scored_tokens(example)
     ends = torch.cat([path.starts[1:], torch.tensor([length])])
-    tokens = (ends - path.starts).float()
-    summed = torch.zeros(length + 1, *table.shape[1:], dtype=torch.float64)
-    summed[1:] = cost.double().cumsum(0)
-    damage = (summed[ends] - summed[path.starts]).float() / tokens[:, None, None]
-    count = torch.cat([torch.zeros(1), scored.float().cumsum(0)])
-    return Samples(path.features, damage, tokens, count[ends] - count[path.starts])
+    tokens, count = (ends - path.starts).float(), _between(scored.double(), path.starts, ends)
+    known = (table.isfinite() & scored[:, None, None]).double()
+    measured = _between(known, path.starts, ends)
+    total = _between(torch.where(known > 0, table, 0.0).double(), path.starts, ends)
+    # Of a chunk's scored tokens those that were measured stand for all of them.
+    own = total / measured * (count / tokens)[:, None, None]
+    damage = (own + torch.tensor(later.nats, dtype=torch.float64)[:, None]).float()
+    kept = count > 0
+    knob = torch.full((int(kept.sum()),), path.log_lambda)
+    return Samples(path.features[kept], damage[kept], tokens[kept], count[kept].float(), knob)
+
+
+def scored_chunks(example: Example, path: Trajectory) -> Tensor:
+    """[C] bool: the chunks of a trajectory that have scored tokens, those that are samples."""
+    ends = torch.cat([path.starts[1:], torch.tensor([len(example["input_ids"])])])
+    return _between(scored_tokens(example).double(), path.starts, ends) > 0
+
+
+def _between(values: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Sums of values [T, ...] from each start to each end [C] -> [C, ...]."""
+    summed = torch.zeros(len(values) + 1, *values.shape[1:], dtype=torch.float64)
+    summed[1:] = values.cumsum(0)
+    return summed[ends] - summed[starts]
 
 
 def document_samples(
     examples: Sequence[Example], paths: Sequence[Trajectory], tables: Sequence[Tensor], later: LaterDamage
 ) -> list[Samples]:
-    """The chunks of every document, each with its own trajectory and table."""
+    """The chunks of every document, each with its own trajectory and with what was measured in that, else its table."""
     rows = zip(examples, paths, tables, strict=True)
-    return [chunk_samples(example, path, table, later) for example, path, table in rows]
+    return [
+        chunk_samples(example, path, table if path.damage is None else path.damage, later)
+        for example, path, table in rows
+    ]
