@@ -4,11 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: fit test check tensorboard clean
+.PHONY: fit fit-record test check tensorboard clean
 
 # more flags: make fit ARGS="--seed 1 --output runs/second"
 fit: $(INSTALLED)
 	$(BIN)/python -m training.fit $(ARGS)
+
+# the same with five policies, each from its own seed: the record
+fit-record: $(INSTALLED)
+	$(BIN)/python -m training.fit --output runs/record --amounts.seeds 5 $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
