@@ -1,9 +1,10 @@
 """What a rank policy is: signals of what is already known in, rung and scale of the opening chunk out.
 
-Shape legend: B rows, S signals (in the order of `SIGNALS`), F features, J rungs. Every
-policy has one scalar knob that moves it along its trade-off curve
-(log lambda for `learned`, a rung for `fixed`, the centre of the band for `percentile` and `random`), so that one
-policy is the whole curve and every policy is calibrated and compared the same way.
+Every policy has one scalar knob that moves it along its trade-off curve (log lambda for `learned`, a rung for `fixed`,
+the centre of the band for `percentile` and `random`), so that one policy is the whole curve and every policy is
+calibrated and compared the same way.
+
+Shape legend: B rows, S signals (in the order of `SIGNALS`), F features, J rungs.
 """
 
 from __future__ import annotations
@@ -41,10 +42,8 @@ class Summary:
     """[B] long: index of that token in its row, counted from the row's first real token."""
     row: Tensor | None = None
     """[B] long: which row of the batch it is in, where several tokens of each are asked about; None: one of each."""
-
     age: Tensor | None = None
     """[B] float32 in [0, 1): 1 - 1 / (1 + n) where the model has put nothing out for n tokens; None: 0 everywhere."""
-
     hidden: Tensor | None = None
     """[B, 2 d] the model's last hidden state at the latest completed token, zeros before the first, and the embedding
     of the opening chunk's first; None, or d = 0, where nobody looks at it."""

@@ -70,6 +70,10 @@ __all__ = [
 ]
 
 
+CHUNKS = (1, 4, 16)
+"""Tokens of one choice of the oracles that are read off tables."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Every policy's curve, and the policies that may be exported."""
@@ -231,10 +235,6 @@ def _hindsight(
         known.append(Hindsight(starts, chunks.damage[..., 0], chunks.scored))
     scored = [table[scored_tokens(own)][..., 0] for table, own in zip(tables, documents, strict=True)]
     return scored, tuple(known)
-
-
-CHUNKS = (1, 4, 16)
-"""Tokens of one choice of the oracles that are read off tables."""
 
 
 def _by_table(tables: Sequence[Tensor], rung_rank: Tensor, read: Sequence[int]) -> dict[str, list[float]]:

@@ -78,8 +78,9 @@ class Stream:
             self._static = _static_weights(policy, self.state.operating.knob, self.state.offer.resident)
         past = history_tokens(settings.signals.novelty_window_tokens)
         self.history = torch.full((rows, past), NO_TOKEN, dtype=torch.long, device=device)
-        neutral = Difficulty.stack([Difficulty.neutral()] * rows)
-        self.difficulty = (neutral if difficulty is None else difficulty).to(device)
+        if difficulty is None:
+            difficulty = Difficulty.stack([Difficulty.neutral()] * rows)
+        self.difficulty = difficulty.to(device)
         self.numbers, self.hidden = numbers, hidden or policy.wants_hidden
         self.latest_state: Tensor | None = None
         """[B, d] the model's last hidden state at the latest completed token of every row; None before the first."""

@@ -72,7 +72,8 @@ class AdaptiveRun:
         """Whether the model's states are looked at."""
         self.states: Tensor | None = None
         """[B, T, d] the last hidden states of the pass under way."""
-        self._offer, self._difficulty = plan.offer(), plan.difficulty()
+        # Where the rows are: what they read is picked for every stream, in training once a pass.
+        self._offer, self._difficulty = plan.offer(), plan.difficulty().to(model.device)
         # A copy: the caller's policy stays on its device and in its mode.
         self.policy = copy.deepcopy(plan.policy).to(model.device).eval()
         config = model.config.get_text_config(decoder=True)
@@ -137,7 +138,7 @@ class AdaptiveRun:
         """What decides for `rows` sequences; arguments as in `new_cache`, `numbers` as in `Stream`."""
         operating = (self.plan.operating if operating is None else operating).for_rows(rows)
         if difficulty is None:
-            difficulty = self._difficulty.select(operating.adapter.to(self._difficulty.token.device))
+            difficulty = self._difficulty.select(operating.adapter)
         if len(difficulty.token) != rows or len(difficulty.pair) != rows:
             raise ValueError(
                 f"difficulty: expected the tables of {rows} rows, got {len(difficulty.token)}; give as many"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from policy import SIGNALS, Decision, Operating, RankPolicy, Settings, Summary
 from policy.difficulty import PAIRS, Difficulty
@@ -80,6 +81,13 @@ class AgePolicy(RankPolicy):
 
     def knob_range(self) -> tuple[float, float]:
         return 0.0, float(len(self.rungs) - 1)
+
+
+def seeded_model(config) -> nn.Module:
+    """The same random model of a configuration at each call, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 class WavyPolicy(RankPolicy):

@@ -15,7 +15,7 @@ from runtime.loading import context_limit
 from runtime.plan import STATIC_BLOCK_TOKENS, static_plan
 from runtime.reference.adaptive import activate
 
-from .reference import PositionPolicy
+from .reference import PositionPolicy, seeded_model
 
 ORIGINAL, STRETCHED = 64, 256
 LONG = 80
@@ -59,9 +59,7 @@ def configs() -> dict:
 
 
 def model_of(name: str) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(configs()[name]).eval()
+    return seeded_model(configs()[name])
 
 
 @pytest.fixture(scope="module", params=list(configs()))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     Llama4TextConfig,
@@ -19,7 +18,7 @@ from runtime import load_adapter
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
 from runtime.reference.mask import Streams
-from tests.runtime.reference import handmade_ladder
+from tests.runtime.reference import handmade_ladder, seeded_model
 
 # A copy sums in another order than the text alone: a few fp32 roundings of logits of size 10.
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -49,9 +48,7 @@ def configs() -> dict:
 
 
 def model_of(name: str) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(configs()[name]).eval()
+    return seeded_model(configs()[name])
 
 
 @pytest.fixture(scope="module", params=list(configs()))

@@ -33,6 +33,7 @@ from ..targets.context import measured_paths
 from ..targets.damage import Trajectory, trajectories
 from ..targets.paths import Calibrated, collect_paths, judged_blocks
 from ..targets.samples import Samples, document_samples
+from ..targets.shards import tensors_digest
 from ..task import AdapterTask, FitContext, common_rungs, scale_grid, task_cost, task_rank
 from .calibrate import lambda_range
 from .checkpoint_io import SafetensorsCheckpointIO, latest
@@ -147,18 +148,18 @@ def own_paths(
     grid = torch.tensor(scales).expand(len(task.ladder.rungs), -1)
 
     def measure(
-        run: AdaptiveRun, batch: Batch, spent: Operating, difficulty: Difficulty | None, shard: int
+        run: AdaptiveRun, batch: Batch, spent: Operating, difficulty: Difficulty | None, seed: int
     ) -> list[Trajectory]:
         if not probes:
             return trajectories(run, batch, spent, difficulty)
-        generator = torch.Generator().manual_seed(member_seed(context, member) * 20_011 + 103 * round_number + shard)
+        generator = torch.Generator().manual_seed(member_seed(context, member) * 20_011 + 103 * round_number + seed)
         return measured_paths(run, batch, spent, grid, probes, generator, difficulty)
 
     # One row stands for the plan; every batch brings what its own rows may spend.
     settings = replace(calibrated.settings, block_tokens=1)
     plan = RunPlan((task.ladder,), policy, settings, Operating.at(policy.knob_range()[1], -1))
     key: dict[str, object] = {
-        "policy": digest(policy.state_dict()), "start": "served", "probes": probes, "scales": list(scales),
+        "policy": tensors_digest(policy.state_dict()), "start": "served", "probes": probes, "scales": list(scales),
         "number": list(number),
     }  # fmt: skip
     name = f"trajectory-own-{member}-{round_number}"
@@ -203,7 +204,7 @@ def train_round(
     for part, own in (("samples", samples), ("held_out", held_out)):
         contents |= {f"{part}.{field.name}": getattr(own, field.name) for field in fields(own)}
     how = (amounts.epochs, amounts.patience, amounts.batch_chunks, amounts.learning_rate, amounts.weight_decay)
-    key = f"{digest(contents)}-{how}-{learning}-{member_seed(context, member)}"
+    key = f"{tensors_digest(contents)}-{how}-{learning}-{member_seed(context, member)}"
     name = f"round-{round_number}" if member == 0 else f"seed-{member}-round-{round_number}"
     folder = context.root / "checkpoints" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     resume = latest(folder)
@@ -282,11 +283,3 @@ def quiet_lightning() -> Iterator[None]:
         filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
         yield
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """12 hex digits over names and values."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:12]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,15 +22,19 @@ from ..learn.calibrate import best_scales, calibrated_settings
 from ..task import AdapterTask, FitContext, Targets, common_rungs, full_rank_plan, scale_grid
 from .damage import LOGITS_BYTES, Trajectory, damage_table, trajectories
 from .samples import LaterDamage, Samples, document_samples, measure_later_damage
+from .shards import tensors_digest
 from .token_difficulty import FoldedDifficulty, fit_difficulty
 
 TRAJECTORY_DOCUMENTS = 48
 """Documents per shard of trajectories: one row each, where a shard of targets has a row per rung and scale."""
 
+PARTS_APART = 1_000_003
+"""Between the seeds of two documents of a shard, of which there are fewer shards than this."""
+
 OperatingFor = Callable[[int, int], Operating]
 """(rows, shard) -> what the rows of a shard's batch may spend."""
 Measure = Callable[[AdaptiveRun, Batch, Operating, Difficulty | None, int], list[Trajectory]]
-"""(run, batch, what its rows may spend, token difficulty of every row, shard) -> their trajectories."""
+"""(run, batch, what its rows may spend, token difficulty of every row, seed) -> their trajectories."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def full_rank_paths(
 
 
 def _as_decided(
-    run: AdaptiveRun, batch: Batch, operating: Operating, difficulty: Difficulty | None, shard: int
+    run: AdaptiveRun, batch: Batch, operating: Operating, difficulty: Difficulty | None, seed: int
 ) -> list[Trajectory]:
     return trajectories(run, batch, operating, difficulty)
 
@@ -157,7 +160,9 @@ def collect_paths(
 
     def paths(group: Sequence[Example], shard: int) -> dict[str, list[Tensor]]:
         first = shard * TRAJECTORY_DOCUMENTS
-        tables = None if difficulty is None else difficulty.rows(range(first, first + len(group)))
+        tables = None
+        if difficulty is not None:
+            tables = difficulty.rows(range(first, first + len(group))).to(context.model.device)
         with activate(context.model, plan, keep=Keep.DECISIONS, hidden=context.hidden) as run:
             spent = operating(len(group), shard).for_rows(len(group))
             rows = max(1, positions_within(run.model, LOGITS_BYTES) // max(len(own["input_ids"]) for own in group))
@@ -165,22 +170,17 @@ def collect_paths(
             for part in torch.arange(len(group)).split(rows):
                 own = None if tables is None else tables.select(part)
                 some = make_batch([group[row] for row in part.tolist()])
-                found += measure(run, some, spent.select(part), own, shard)
+                found += measure(run, some, spent.select(part), own, shard + PARTS_APART * int(part[0]))
         columns = {field: [getattr(path, field) for path in found] for field in ("starts", "features", "complexity")}
         columns["log_lambda"] = [torch.tensor(path.log_lambda) for path in found]
         damage = [path.damage for path in found if path.damage is not None]
         return {**columns, "damage": damage} if damage else columns
 
-    prints = [digest(own) for own in (() if difficulty is None else (difficulty.whole, *difficulty.folds))]
+    tables = () if difficulty is None else (difficulty.whole, *difficulty.folds)
+    prints = [tensors_digest({"token": own.token, "pair": own.pair}) for own in tables]
     full_key = {"settings": plan.settings.to_dict(), "difficulty": prints, "hidden": context.hidden, **key}
     columns = context.collect(task, name, examples, TRAJECTORY_DOCUMENTS, full_key, paths)
     knobs = [float(own) for own in columns["log_lambda"]]
     parts = (columns["starts"], columns["features"], columns["complexity"], knobs)
     damage: list[Tensor | None] = [*columns.get("damage", [None] * len(examples))]
     return [Trajectory(*own) for own in zip(*parts, damage, strict=True)]
-
-
-def digest(difficulty: Difficulty) -> str:
-    """12 hex digits over both tables."""
-    codes = torch.cat([difficulty.token, difficulty.pair]).cpu().numpy().tobytes()
-    return hashlib.sha256(codes).hexdigest()[:12]

@@ -60,3 +60,11 @@ class ShardStore:
         if not path.is_file() or not record.is_file():
             return None
         return json.loads(record.read_bytes())["sha256"]
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """12 hex digits over names and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
