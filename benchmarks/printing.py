@@ -28,7 +28,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 __all__ = [
     "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse", "print_table",
-    "result_path", "seconds", "spread", "synchronise", "versions",
+    "result_path", "seconds", "spread", "synchronise", "versions", "write",
 ]  # fmt: skip
 
 
@@ -123,8 +123,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in numbers)]).rstrip())
 
 
-def finish(record: dict[str, Any], path: Path) -> None:
-    """Write the record to a `result_path` and print it as the last line of stdout."""
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write the record, or what there is of it so far, to a `result_path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def finish(record: dict[str, Any], path: Path) -> None:
+    """Write the record to a `result_path` and print it as the last line of stdout."""
+    write(record, path)
     print(json.dumps(record), flush=True)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = {"decode": "copy_bandwidth", "kv": "load_model", "ladder": "random_factors", "memory": "LlamaConfig"}
+WORK = {
+    "controller": "load_model", "decode": "copy_bandwidth", "kv": "load_model", "ladder": "random_factors",
+    "memory": "LlamaConfig",
+}  # fmt: skip
 """What each one calls first when it gets to work."""
 
 
@@ -111,6 +114,10 @@ BAD_FLAGS = [
     *[("memory", "--tokens", value) for value in ("0", "-1", "63", str(10**13))],
     *[("kv", flag, value) for flag in ("--window", "--max-tokens") for value in ("0", "-1", "15", str(10**13))],
     ("kv", "--text", "/nowhere.txt"),
+    *[("controller", "--seeds", value) for value in ("0", "101")],
+    *[("controller", "--own-text", value) for value in ("-1", str(10**12))],
+    ("controller", "--ladder", "quadratic"),
+    *[("controller", "--amounts", value) for value in ("epoch=3", "epochs", "epochs=some")],
 ]
 
 

@@ -42,7 +42,10 @@ def percentile_plan(ladder, model, ids, signal, chunk):
     means = record["held"][..., STATS.index("mean")][known]
     names = PAPER_SIGNALS if signal == "complexity" else (signal,)
     values = means[:, [SIGNALS.index(name) for name in names]].mean(-1)
-    policy = PercentilePolicy.calibrate(values, ladder.rungs, signal, spread=SPREAD)
+    # Thresholds between the values: on one of them rounding would decide.
+    values = values.sort().values
+    between = (values[1:] + values[:-1]) / 2
+    policy = PercentilePolicy.calibrate(between, ladder.rungs, signal, spread=SPREAD)
     return RunPlan((ladder,), policy, settings, Operating.at(knob, top, settings.kv))
 
 
