@@ -26,14 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from policy.cost import LatencyTable
 from policy.fixed import FixedPolicy
 from policy.learned import LearnedPolicy
 from policy.limits import Whole, refused
-from policy.operating import Operating
 from policy.settings import AGE, HIDDEN, LOOKS, PAPER_SIGNALS, SIGNALS, ChunkSettings, Settings
 from runtime.command import one_line_errors
 from runtime.fingerprint import model_fingerprint
@@ -41,7 +39,7 @@ from runtime.ladder.factors import MIXED
 from runtime.loading import load_model, load_tokenizer
 from runtime.reference.placing import keep_decoded
 from training.amounts import AROUND_ONE, Amounts
-from training.compare.curves import Curve, Point, fixed_curve, policy_curve
+from training.compare.curves import Curve, fixed_curve, policy_curve, same_knobs
 from training.compare.equal_rank import at_equal_rank, interval
 from training.compare.scorer import HeldOut, Scorer
 from training.compare.verdict import verdict_rungs
@@ -185,12 +183,7 @@ def on_own_text(
     task = learned.task
     texts = continued(model, task.ladder, task.corpus.test, tokens, how)
     test = HeldOut((Scorer(model, task.ladder, texts, whole=True),))
-    moved = []
-    for curve, policy in zip(curves, learned.policies, strict=True):
-        knobs, rungs = [point.knob for point in curve.points], [point.rung for point in curve.points]
-        operating = Operating.at(torch.tensor(knobs), torch.tensor(rungs))
-        found = test.measure(policy, learned.decode, operating, "own text")
-        moved.append(replace(curve, points=tuple(map(Point, knobs, found, rungs))))
+    moved = [same_knobs("own text", *own, learned.decode, test) for own in zip(curves, learned.policies, strict=True)]
     return read(learned.fixed(test), moved, task)
 
 

@@ -179,7 +179,8 @@ def _fit_into(
     params = {
         "adapter": _tail(adapters[0]), "block_tokens": settings.block_tokens, "dataset": _tail(datasets[0]),
         "fade_tokens": settings.fade_tokens, "ladder": tasks[0].ladder.kind, "model": _tail(model),
-        "rungs": list(common_rungs(tasks)), "seed": seed,
+        "objective": learning.objective, "rungs": list(common_rungs(tasks)), "seed": seed,
+        "signals": list(learning.signals),
         "settings": {
             "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(settings.signals),
             "chunk": asdict(settings.chunk), "kv": asdict(settings.kv),

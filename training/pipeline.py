@@ -31,7 +31,7 @@ from runtime.ladder.store import RECORD
 from runtime.reference.adaptive import require_servable
 
 from .amounts import Amounts
-from .compare.curves import Bench, Curve, capped_curve, fixed_curve, oracle_curve, policy_curve
+from .compare.curves import Bench, Curve, capped_curve, fixed_curve, oracle_curve, policy_curve, same_knobs
 from .compare.hindsight import Hindsight, Oracle, table_oracle
 from .compare.scorer import HeldOut, Scorer
 from .compare.thresholds import Seen, best_thresholds, candidates
@@ -86,6 +86,8 @@ class Comparison:
     """KL of the best choices at the bytes of the verdict's rungs, by tables of uniform runs, which flatter."""
     in_blocks: dict[str, Curve]
     """Fixed rungs and the learned policy in the blocks of prefill, at the served KV setting."""
+    in_steps: dict[str, Curve]
+    """The same token by token, at the knobs of the comparison."""
 
 
 def open_source(name: str) -> Adapter | Ladder:
@@ -193,10 +195,11 @@ def compare_policies(
     context.say("measured oracle")
     by_table = _by_table([table for own in tables for table in own], task_rank(tasks), read)
     blocks = _in_blocks(context, calibrated, fixed, learned[0], validation, test, cost, read)
+    steps = _in_steps(context, calibrated, fixed, learned[0], curves["learned"], test, read)
     svd = measure_svd(test, decode)
     if svd is not None:
         context.say("measured fixed rungs of the svd ladder")
-    return Comparison(curves, {"learned": learned[0], "fixed": fixed}, svd, by_table, blocks)
+    return Comparison(curves, {"learned": learned[0], "fixed": fixed}, svd, by_table, blocks, steps)
 
 
 def _held_out(context: FitContext, tasks: Sequence[AdapterTask], documents: Sequence[Sequence[Example]]) -> HeldOut:
@@ -211,13 +214,31 @@ def _in_blocks(
     """Fixed rungs and the learned policy as a forward over whole texts serves them: in the blocks of prefill, at the
     served KV setting."""
     settings, kv = calibrated.settings, calibrated.settings.kv
-    around = sorted({rung for own in read for rung in (own - 1, own, own + 1) if 0 <= rung < len(cost) - 1})
     curves = {
-        "fixed": fixed_curve(fixed, settings, test, "fixed in blocks", targets=around, kv=kv),
+        "fixed": fixed_curve(fixed, settings, test, "fixed in blocks", targets=_around(fixed, read), kv=kv),
         "learned": policy_curve("learned in blocks", learned, settings, validation, test, cost, read, kv=kv),
     }
     context.say(f"measured fixed and learned in blocks of {settings.block_tokens}, KV as served")
     return curves
+
+
+def _in_steps(
+    context: FitContext, calibrated: Calibrated, fixed: FixedPolicy, learned: LearnedPolicy, curve: Curve, test: Bench,
+    read: Sequence[int],
+) -> dict[str, Curve]:  # fmt: skip
+    """The same token by token, as decode goes. Pages change what is lost, not what is spent: knobs stay."""
+    decode, kv = replace(calibrated.settings, block_tokens=1), calibrated.settings.kv
+    curves = {
+        "fixed": fixed_curve(fixed, decode, test, "fixed in steps", targets=_around(fixed, read), kv=kv),
+        "learned": same_knobs("in steps", curve, learned, decode, test, targets=read, kv=kv),
+    }
+    context.say("measured fixed and learned token by token, KV as served")
+    return curves
+
+
+def _around(fixed: FixedPolicy, read: Sequence[int]) -> list[int]:
+    """The rungs `read` and their neighbours below the top, between which bytes at equal KL are read off."""
+    return sorted({rung for own in read for rung in (own - 1, own, own + 1) if 0 <= rung < len(fixed.rungs) - 1})
 
 
 def _hindsight(

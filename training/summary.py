@@ -17,6 +17,7 @@ from policy.operating import Operating
 from runtime.ladder.factors import SVD
 from runtime.plan import RunPlan
 
+from .compare.curves import Curve
 from .compare.equal_rank import at_equal_rank, interval
 from .compare.latency import measure_controller
 from .compare.tradeoff import table
@@ -39,7 +40,8 @@ def summarise(
         "area": areas(comparison.curves, ranks),
         **verdict.describe(),
         "oracle_by_table": comparison.by_table,
-        "in_blocks": _in_blocks(comparison, ranks, resamples, seed),
+        "in_blocks": _as_served(comparison.in_blocks, ranks, resamples, seed),
+        "in_steps": _as_served(comparison.in_steps, ranks, resamples, seed),
         "seeds": _seeds(comparison, ranks),
         "operating_point": _operating_point(comparison, exported, ranks, latency),
     }
@@ -117,9 +119,8 @@ def _curves(comparison: Comparison, ranks: np.ndarray, latency: LatencyTable) ->
     return own if svd is None else {**own, **table({SVD: svd.curve}, svd.rung_rank, None)}
 
 
-def _in_blocks(comparison: Comparison, ranks: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
-    """The learned policy against fixed rungs in the blocks of prefill, at the served KV setting, for the summary."""
-    curves = comparison.in_blocks
+def _as_served(curves: dict[str, Curve], ranks: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
+    """The learned policy against fixed rungs at the served KV setting, for the summary."""
     fixed = curves["fixed"]
     read = at_equal_rank(curves, ranks, resamples=resamples, seed=seed)
     found = {}

@@ -124,12 +124,13 @@ def test_the_summary_has_the_oracles_by_table_blocks_and_seeds(fitted):
         assert all(0 < one <= other * 1.01 for one, other in zip(finer, coarser, strict=True))
     ranks = summary["over_fixed"]["mean_rank"]
     names = {f"{ranks[RUNGS.index(rung)]:g}" for rung in READ}
-    assert summary["in_blocks"]
-    assert summary["in_blocks"].keys() <= names
-    for own in summary["in_blocks"].values():
-        low, high = own["interval_95"]
-        assert low <= own["bytes_saved"] <= high
-        assert own["kl"] > 0 < own["kl_fixed"]
+    for served in (summary["in_blocks"], summary["in_steps"]):
+        assert served
+        assert served.keys() <= names
+        for own in served.values():
+            low, high = own["interval_95"]
+            assert low <= own["bytes_saved"] <= high
+            assert own["kl"] > 0 < own["kl_fixed"]
     (seed,) = summary["seeds"]
     rows = summary["curves"]["learned"]
     assert [(own["mean_rank"], own["kl"]) for own in seed] == [(row["mean_rank"], row["kl"]) for row in rows]
@@ -236,7 +237,19 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     assert ("hp/captured" in scalars) == (summary_of(fitted)["captured"]["share"] is not None)
     assert "hp/latency" not in scalars, "the clock does not tell"
     assert scalars["hp/learned_over_fixed"][0].value == pytest.approx(over_fixed["compared"]["learned"]["ratio"])
-    every = {"model", "adapter", "dataset", "seed", "ladder", "rungs", "block_tokens", "fade_tokens", "settings.dtype"}
+    every = {
+        "model",
+        "adapter",
+        "dataset",
+        "seed",
+        "ladder",
+        "rungs",
+        "block_tokens",
+        "fade_tokens",
+        "objective",
+        "signals",
+        "settings.dtype",
+    }
     for name, settings in (
         ("amounts", Amounts),
         ("signals", SignalSettings),
@@ -250,6 +263,8 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
     assert hparams["settings.amounts.epochs"].number_value == CHANGES["amounts.epochs"]
     assert hparams["rungs"].string_value == str(RUNGS)
     assert hparams["ladder"].string_value == "mixed"
+    assert hparams["objective"].string_value == "damage"
+    assert hparams["signals"].string_value == str([*SIGNAL_SETS["default"]])
 
 
 def test_a_second_run_reuses_ladder_and_shards_and_ends_the_same(fitted, case, capsys, monkeypatch):
@@ -264,7 +279,18 @@ def test_a_second_run_reuses_ladder_and_shards_and_ends_the_same(fitted, case, c
     assert f" {first['verdict']}. " in " ".join(" ".join(printed).split()), "whole words"
     assert shards(fitted) == before, "no shard written again, none added"
     # The latency table was kept, so that even milliseconds are the same.
-    for key in ("curves", "area", "headroom", "captured", "exported", "kl_at", "ladder", "bytes_saved", "in_blocks"):
+    for key in (
+        "curves",
+        "area",
+        "headroom",
+        "captured",
+        "exported",
+        "kl_at",
+        "ladder",
+        "bytes_saved",
+        "in_blocks",
+        "in_steps",
+    ):
         assert summary_of(fitted)[key] == first[key], key
 
 
@@ -417,6 +443,7 @@ def test_stopped_half_way_and_run_again_it_ends_as_if_nothing_had_happened(
         "bytes_saved",
         "oracle_by_table",
         "in_blocks",
+        "in_steps",
         "seeds",
     ):
         assert resumed[key] == uninterrupted[key], key

@@ -49,7 +49,8 @@ def test_every_stage_of_a_fit_has_a_bar(bars):
         "effects", "scales", "latency of every rung", "tables", "trajectory-uncalibrated", "trajectory-full-1",
         "trajectory-full-32", "later damage", "training round-0", "trajectory-own-0-1", "training round-1",
         "fixed on test", *movers, "learned, capped, on test", "tables-test", "trajectory-test", "oracle on test",
-        "fixed in blocks on test", "learned in blocks on validation", "learned in blocks on test", "svd on test",
+        "fixed in blocks on test", "learned in blocks on validation", "learned in blocks on test",
+        "fixed in steps on test", "learned, in steps, on test", "svd on test",
     ]  # fmt: skip
 
 

@@ -154,6 +154,7 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
 
     around(pipeline, "oracle_curve", oracle)
     around(pipeline, "capped_curve", lambda *_: curve("capped"))
+    around(pipeline, "same_knobs", lambda name, *_, **__: curve(name))
     # Scoring keeps its rungs alone; here every decision is looked at.
     deciding = functools.partial(scorer.activate, keep=Keep.DECISIONS)
     patch.setattr(scorer, "activate", lambda model, plan, **_: deciding(model, plan))
@@ -551,18 +552,19 @@ def test_the_policy_starts_with_the_normalisers_of_its_training_samples(wired):
 
 
 IN_BLOCKS = {"fixed in blocks", "learned in blocks"}
+IN_STEPS = {"fixed in steps", "in steps"}
 COMPARED = {"fixed", "percentile", "learned", "capped", "random", "oracle", "svd"}
 
 
-def test_held_out_runs_keep_their_pages_in_full_precision_but_in_blocks_as_served(wired):
+def test_held_out_runs_keep_their_pages_in_full_precision_but_as_served(wired):
     tape, _, calibrated = wired
     kv = calibrated.settings.kv
     assert "full" not in (kv.hard, kv.easy)
     runs = [p for p in tape.passes if p["rows"] and not p["name"]]
-    assert {p["stage"] for p in runs} == COMPARED | IN_BLOCKS
+    assert {p["stage"] for p in runs} == COMPARED | IN_BLOCKS | IN_STEPS
     assert all(p["kv"].is_full for p in runs if p["stage"] in COMPARED)
     for p in runs:
-        if p["stage"] in IN_BLOCKS:
+        if p["stage"] in IN_BLOCKS | IN_STEPS:
             assert p["kv"].threshold.tolist() == pytest.approx([kv.threshold] * len(p["knob"]))
             assert not p["kv"].is_full
 
@@ -583,6 +585,11 @@ def test_nobody_is_held_to_a_budget_but_the_learned_policy_as_served(wired):
     assert all(e["policy"] is first for e in capped)
     assert [splits(tape, e["documents"]) for e in capped] == [{"test"}] * len(capped)
     assert [e["budget"] for e in capped] == pytest.approx([cost[e["start"]] for e in capped], abs=1e-6)
+    steps = [e for e in tape.measured if e["stage"] == "in steps"]
+    read = {tape.task.ladder.rungs.index(rung) for rung in verdict_rungs(tape.task.ladder.rungs)}
+    assert steps
+    assert [(e["knob"], e["start"]) for e in steps] == [(e["knob"], e["start"]) for e in learned if e["start"] in read]
+    assert all(e["policy"] is first and splits(tape, e["documents"]) == {"test"} for e in steps)
     # and they keep it: with the bucket's slack, on every document
     for entry in capped:
         spent = (entry["scores"].rungs + entry["scores"].prompt_rungs) @ np.array(cost)
@@ -592,7 +599,7 @@ def test_nobody_is_held_to_a_budget_but_the_learned_policy_as_served(wired):
 
 def test_every_policy_is_judged_as_decode_goes_and_two_in_the_blocks_of_prefill(wired):
     tape, _, calibrated = wired
-    assert {entry["stage"] for entry in tape.measured} == (COMPARED - {"oracle"}) | IN_BLOCKS
+    assert {entry["stage"] for entry in tape.measured} == (COMPARED - {"oracle"}) | IN_BLOCKS | IN_STEPS
     decode = replace(calibrated.settings, block_tokens=1)
     assert calibrated.settings.block_tokens == BLOCK
     for entry in tape.measured:

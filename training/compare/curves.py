@@ -4,7 +4,7 @@ Every policy's knob is set on validation documents, again and again until what i
 rung's bytes, and measured once on test documents; nothing is interpolated between knobs. Every run starts at that rung
 and holds its prompt at it, so no prompt costs more or less than the baseline's. Pages stay in full precision unless
 said: the comparison judges rank alone. Nobody is held to a budget, for means are to be equal; what the token bucket of
-serving makes of the learned policy is a curve of its own.
+serving makes of the learned policy, and what the pages of serving do, are curves of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from policy.contract import RankPolicy
 from policy.curve import KnobCurve
 from policy.fixed import FixedPolicy
-from policy.operating import Operating
+from policy.operating import UNLIMITED, Operating
 from policy.settings import FULL_KV, KVSettings, Settings
 
 from ..learn.calibrate import calibrate_knob, knob_grid
@@ -180,13 +180,23 @@ def capped_curve(curve: Curve, policy: RankPolicy, settings: Settings, test: Ben
     The comparison itself lets every policy spend as it likes, so that equal means are equal; a served row has to keep
     its budget on every text.
     """
-    if not curve.points:
-        return Curve("capped", (), config=curve.config)
-    knobs, targets = [point.knob for point in curve.points], [point.rung for point in curve.points]
-    budgets = torch.tensor([cost[rung] for rung in targets], dtype=torch.float64)
-    operating = Operating.at(torch.tensor(knobs), torch.tensor(targets), budget=budgets)
-    found = test.measure(policy, settings, operating, f"{curve.name}, capped, on test")
-    return Curve("capped", _points(knobs, found, targets), config=curve.config)
+    return same_knobs("capped", curve, policy, settings, test, cost=cost)
+
+
+def same_knobs(
+    name: str, curve: Curve, policy: RankPolicy, settings: Settings, test: Bench, *,
+    targets: Sequence[int] | None = None, kv: KVSettings = FULL_KV, cost: np.ndarray | None = None,
+) -> Curve:  # fmt: skip
+    """A policy's curve at the knobs and starts that it has, or those of `targets`, run in another way: on other
+    documents, at another KV setting, or held to the `cost` of the rungs aimed at."""
+    points = [point for point in curve.points if targets is None or point.rung in targets]
+    if not points:
+        return Curve(name, (), config=curve.config)
+    knobs, rungs = [point.knob for point in points], [point.rung for point in points]
+    budget = UNLIMITED if cost is None else torch.tensor([cost[rung] for rung in rungs], dtype=torch.float64)
+    operating = Operating.at(torch.tensor(knobs), torch.tensor(rungs), kv, budget=budget)
+    found = test.measure(policy, settings, operating, f"{curve.name}, {name}, on test")
+    return Curve(name, _points(knobs, found, rungs), config=curve.config)
 
 
 def oracle_curve(settings: Settings, oracle: OracleBench, rung_rank: np.ndarray, targets: Sequence[int]) -> Curve:
