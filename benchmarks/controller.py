@@ -5,7 +5,7 @@ chunks of several tokens, the direct objective, targets of uniform runs against 
 context. Each policy's knob is set on validation documents, and it is measured once on test documents, token by token as
 decode goes; intervals are over documents and seeds, as in a fit.
 
-    python -m benchmarks.controller         # the embedded model: 22 policies, about half an hour on two cores
+    python -m benchmarks.controller         # the embedded model: 22 policies, 16 minutes on one core
     python -m benchmarks.controller --model M --adapter A --dataset D --amounts train_documents=1000
 
 `--adapter` takes a saved ladder as well, a distilled one for instance. `--own-text 128` measures the default policies
@@ -42,7 +42,7 @@ from training.amounts import AROUND_ONE, Amounts
 from training.compare.curves import Curve, fixed_curve, policy_curve, same_knobs
 from training.compare.equal_rank import at_equal_rank, interval
 from training.compare.scorer import HeldOut, Scorer
-from training.compare.verdict import verdict_rungs
+from training.compare.verdict import verdict_columns
 from training.console import quiet_libraries
 from training.fit import BUILT, EMBEDDED, make_trainer
 from training.learn.module import DAMAGE, LATENCY
@@ -162,7 +162,7 @@ class Judge:
         """Every policy with its knob set on validation documents, on the test documents."""
         task, cost = learned.task, task_cost([learned.task]).double().numpy()
         validation, test = (HeldOut((own.on(task.ladder),)) for own in (self._validation, self._test))
-        aims = verdict_columns(task)
+        aims = verdict_columns(task.ladder.rungs)
         return tuple(
             policy_curve("learned", own, learned.decode, validation, test, cost, aims) for own in learned.policies
         )
@@ -187,15 +187,10 @@ def on_own_text(
     return read(learned.fixed(test), moved, task)
 
 
-def verdict_columns(task: AdapterTask) -> list[int]:
-    """Indices of the rungs that a verdict is read at."""
-    return [task.ladder.rungs.index(rung) for rung in verdict_rungs(task.ladder.rungs)]
-
-
 def read(fixed: Curve, learned: Sequence[Curve], task: AdapterTask) -> dict[str, Any]:
     """Bytes saved at the verdict's rungs, and their mean, with intervals over documents and seeds."""
     curves = {"fixed": fixed, "learned": replace(learned[0], others=tuple(learned[1:]))}
-    ranks, columns = rung_rank([task]), verdict_columns(task)
+    ranks, columns = rung_rank([task]), verdict_columns(task.ladder.rungs)
     found = at_equal_rank(curves, ranks, resamples=RESAMPLES, seed=0)
     saved, drawn = found.saved["learned"][columns], found.saved_drawn["learned"][:, columns]
     reached = ~np.isnan(saved)

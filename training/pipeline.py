@@ -35,7 +35,7 @@ from .compare.curves import Bench, Curve, capped_curve, fixed_curve, oracle_curv
 from .compare.hindsight import Hindsight, Oracle, table_oracle
 from .compare.scorer import HeldOut, Scorer
 from .compare.thresholds import Seen, best_thresholds, candidates
-from .compare.verdict import verdict_rungs
+from .compare.verdict import verdict_columns
 from .compare.worth import SvdCurve, measure_svd
 from .console import is_first_process
 from .documents import Example, load_corpus, scored_tokens
@@ -171,7 +171,7 @@ def compare_policies(
     validation = _held_out(context, tasks, [task.corpus.validation for task in tasks])
     test = _held_out(context, tasks, [task.corpus.test for task in tasks])
     aims, cost = range(len(rungs) - 1), task_cost(tasks).double().numpy()
-    read = [rungs.index(rung) for rung in verdict_rungs(rungs)]
+    read = verdict_columns(rungs)
     fixed = FixedPolicy(rungs, scales)
     curves = {"fixed": fixed_curve(fixed, decode, test)}
     context.say("measured fixed")

@@ -250,6 +250,11 @@ def verdict_rungs(rungs: Sequence[Rung]) -> list[Rung]:
     return sorted(set(nearest))
 
 
+def verdict_columns(rungs: Sequence[Rung]) -> list[int]:
+    """Their indices."""
+    return [rungs.index(rung) for rung in verdict_rungs(rungs)]
+
+
 def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
