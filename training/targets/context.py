@@ -1,11 +1,11 @@
 """Damage inside the context that a policy leaves: every rung of a token, measured in the policy's own mixed run.
 
-A uniform run at rung j has a past at rung j; a run that mixes rungs has another, and tables of the one promise about
-twice what the other gives. So each text goes through the model with probes beside it. The first copy runs at the rungs
+A uniform run at rung j has a past at rung j; a run that mixes rungs has another, and tables of the one promise more
+than the other gives. So each text goes through the model with probes beside it. The first copy runs at the rungs
 that the policy chose and leaves the keys and values that serving leaves; a probe is the same tokens once more, each at
 some rung, and attends to the first copy for the past and to itself for the present. One pass so gives the damage of one
 rung at every position, exact for the token's own, and rungs are drawn anew for every token: of a few near the chosen
-one. Source: DESIGN section 11.
+one (`docs/architecture.md`, "Damage is measured where it will be done").
 
 Shape legend: B rows, T tokens, P probes, J rungs, G scales, V vocabulary.
 """
