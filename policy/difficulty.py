@@ -20,7 +20,12 @@ SPAN_NATS = 8.0
 """Values 0 to 1 are this many nats of the ratio's logarithm: 0.5 is 1, the ends are exp(-4) and exp(4)."""
 PAIRS = 2**16
 """Entries of the table of pairs, into which pairs are hashed."""
-_FIRST, _SECOND, _MODULUS = 1_000_003, 8_191, 2_147_483_647
+HASH_BEFORE = 1_000_003
+"""What `hashed_pairs` multiplies a pair's first id by."""
+HASH_TOKEN = 8_191
+"""And its second."""
+HASH_MODULUS = 2**31 - 1
+"""A prime, by which the hash is taken before the number of entries."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Difficulty:
 
 def hashed_pairs(before: Tensor, tokens: Tensor, entries: int) -> Tensor:
     """Entry of every pair of ids in a table of `entries`: tensors long of one shape."""
-    return ((before * _FIRST + tokens * _SECOND + 1) % _MODULUS) % entries
+    return ((before * HASH_BEFORE + tokens * HASH_TOKEN + 1) % HASH_MODULUS) % entries
 
 
 def _codes(ratio: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from .limits import Limit, Number, Several, Whole, refused
 from .rungs import Rung
 from .settings import AGE, HIDDEN, SIGNALS, SignalNames
 
-_GROWTH = 6.0
+MOST_GROWTH = 6.0
 """|h| stays below this: one chunk's damage differs from the average by at most a factor exp(6) = 403."""
 PROJECTED = 16
 """Numbers to which the model's states are projected."""
@@ -178,7 +178,7 @@ class LearnedPolicy(RankPolicy):
         weight = (log_lambda - self.log_lambda_centre) / self.log_lambda_spread
         inputs = torch.cat([seen.float(), *self._projected(features), weight.float()[:, None]], dim=1)
         hidden = self.trunk(inputs.to(self.damage_head.weight.dtype))
-        growth = _GROWTH * torch.tanh(self.damage_head(hidden).float() / _GROWTH)
+        growth = MOST_GROWTH * torch.tanh(self.damage_head(hidden).float() / MOST_GROWTH)
         # The floor makes the dear end of the knob mean the top rung for every chunk, whatever was learned.
         floor = 2 * math.exp(self.log_lambda_range[0]) * self.cost.float().diff()
         damage = (self.damage_unit.float() * torch.exp(growth) + floor) @ self.later.float()

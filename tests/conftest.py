@@ -18,6 +18,9 @@ from torch import nn
 # Read when huggingface_hub is imported, and the conftest of a folder named on the command line does that before
 # pytest_configure.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when a kernel is defined: without a GPU kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")

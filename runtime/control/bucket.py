@@ -26,7 +26,7 @@ from policy.settings import Settings
 SLACK_TOKENS = 64
 SAME_COST = 1e-6
 """A budget this near to a rung's cost is that cost: shares are written with few digits, and stored in float32."""
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 """What sums of float64 costs may be off by; far less than a byte of any adapter."""
 
 
@@ -103,7 +103,7 @@ def pay(
     index = torch.arange(cost.shape[1], device=cost.device)
     for t in range(wish.shape[1]):
         opening = opens[:, t]
-        left = balance[:, None] + _ROUNDING
+        left = balance[:, None] + ROUNDING
         if fade:
             # The chunk before is still read while the new one fades in.
             left = left - leaving.gather(1, held[:, None, None].expand(-1, 1, len(index)))[:, 0].masked_fill(

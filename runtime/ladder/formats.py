@@ -193,13 +193,14 @@ class Rows:
         if bits == 16:
             return self.wide[start:stop].to(dtype)
         last = CODED.index(bits)
-        codes = self._codes(start, stop, last)
+        codes = self.codes(start, stop, bits)
         # Signs lead: the codes of a format are all numbers of its bits.
         values = _levels_on(bits, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
         return values.mul_(self.scales[last][start:stop, None]).to(dtype)
 
-    def _codes(self, start: int, stop: int, last: int) -> Tensor:
-        """uint8 [stop - start, D]: the planes up to number `last`, the first leading."""
+    def codes(self, start: int, stop: int, bits: int) -> Tensor:
+        """uint8 [stop - start, D]: codes of rows start to stop at 8, 4 or 2 bits, the first plane's bits leading."""
+        last = CODED.index(bits)
         codes, *finer = (
             unpack(plane[start:stop], width, self.width)
             for plane, width in zip(self.planes[: last + 1], PLANES, strict=False)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..ladder import Directions, Ladder, Range
 from ..ladder.formats import BITS
-from ..ops.reference import add_lora_, direction_gate
+from ..ops.reference.lora import add_lora_, direction_gate
 
 KEPT_LAYOUTS = 64
 """Sets of active rungs whose tables are kept: passes have the same few again and again."""

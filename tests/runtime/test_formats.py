@@ -100,7 +100,7 @@ def test_a_range_of_rows_is_a_slice_and_what_was_quantised(rows, data):
 def test_a_code_of_few_bits_is_the_first_bits_of_a_longer_one(rows):
     stored = encode(rows)
     codes, _ = quantise(rows, best_stretch(rows))
-    read = [stored._codes(0, len(rows), last) for last in range(len(CODED))]
+    read = [stored.codes(0, len(rows), bits) for bits in CODED]
     assert torch.equal(read[2], codes)
     assert torch.equal(read[1], codes >> 4)
     assert torch.equal(read[0], codes >> 6)

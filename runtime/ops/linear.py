@@ -1,0 +1,166 @@
+"""A frozen linear at every row of the batch.
+
+    y = rstd * (W x) + bias      [B, N] float32, up to three weights that share their input (q, k, v)
+
+x is the residual times the norm's weight, and `rstd` follows from sums of squares (`norm`); or x is taken as it is. At
+batch 1 a program reads whole rows of a weight as a matrix-vector product. Else it holds a tile of rows against the
+whole batch on the tensor cores.
+
+How a weight is stored is the business of `_vector` and `_matrix` alone.
+
+Shape legend: B rows, D inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dependent, dot, release, wait
+from .norm import Norm, rstd_of
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut; measured, not derived (`benchmarks.kernels`)."""
+
+    outputs: int
+    """Rows of a weight per program."""
+    inputs: int
+    """Columns per step of its loop."""
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, batch: int, outputs: int, inputs: int, itemsize: int = 2) -> Tiles:
+        """The best found for a batch of this size and a weight of this shape, values of `itemsize` bytes."""
+        if batch == 1:
+            return cls(1, min(1024, triton.next_power_of_2(inputs)), 8, 1)
+        step = (_SIDE + max(16, triton.next_power_of_2(batch))) * itemsize
+        columns = 256
+        while columns > 32 and 2 * columns * step > _SHARED_BYTES:
+            columns //= 2
+        # Few programs: the steps of each must be deeper in flight.
+        stages = 5 if outputs <= 132 * _SIDE else 3
+        return cls(_SIDE, columns, 4, min(stages, _SHARED_BYTES // (columns * step)))
+
+
+_SIDE = 32
+"""Rows of a weight per program that multiplies them with a batch."""
+_SHARED_BYTES = 200 * 1024
+"""Shared memory that a program's steps in flight may take."""
+
+
+@triton.jit
+def _vector(
+    x, w, bias, y, squares, block, offset, outputs, D: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A block of N outputs of one row, the batch's only one."""
+    n = block * N + tl.arange(0, N)
+    column = tl.arange(0, BLOCK)
+    rows = w + n.to(tl.int64)[:, None] * D
+    inside = (n < outputs)[:, None]
+    # The first weights are on their way before the kernel before has ended, and each next while the one before it is
+    # used.
+    part = tl.load(rows + column[None, :], mask=inside & (column < D)[None, :], other=0.0)
+    wait(PDL)
+    own = tl.load(x + column, mask=column < D, other=0.0)
+    sums = tl.zeros([N, BLOCK], tl.float32)
+    for start in range(BLOCK, D + BLOCK, BLOCK):
+        at = start + column
+        following = tl.load(rows + at[None, :], mask=inside & (at < D)[None, :], other=0.0)
+        ahead = tl.load(x + at, mask=at < D, other=0.0)
+        sums += part.to(tl.float32) * own.to(tl.float32)[None, :]
+        part = following
+        own = ahead
+    out = tl.sum(sums, axis=1)
+    if NORM:
+        out *= rstd_of(squares, 0, BLOCKS, PADDED, D, EPS)
+    if BIAS:
+        out += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    tl.store(y + offset + n, out, mask=n < outputs)
+
+
+@triton.jit
+def _matrix(
+    x, w, bias, y, squares, block, offset, outputs, TOTAL: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A block of N outputs of all rows."""
+    n = block * N + tl.arange(0, N)
+    b = tl.arange(0, M)
+    column = tl.arange(0, BLOCK)
+    rows = w + n.to(tl.int64)[None, :] * D
+    wait(PDL)
+    sums = tl.zeros([M, N], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + column
+        part = tl.load(rows + at[:, None], mask=(n < outputs)[None, :] & (at < D)[:, None], other=0.0)
+        own = tl.load(x + b[:, None] * D + at[None, :], mask=(b < B)[:, None] & (at < D)[None, :], other=0.0)
+        sums = dot(own, part, sums)
+    if NORM:
+        k = tl.arange(0, PADDED)
+        squared = tl.load(
+            squares + b[:, None] * BLOCKS + k[None, :], mask=(b < B)[:, None] & (k < BLOCKS)[None, :], other=0.0
+        )
+        sums *= tl.rsqrt(tl.sum(squared, axis=1) / D + EPS)[:, None]
+    if BIAS:
+        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + b[:, None] * TOTAL + offset + n[None, :], sums, mask=(b < B)[:, None] & (n < outputs)[None, :])
+
+
+@triton.jit
+def _linear(
+    x, squares, w0, w1, w2, bias0, bias1, bias2, y, B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A block of N outputs of one of the weights."""
+    release(PDL)
+    block = tl.program_id(0)
+    SECOND: tl.constexpr = (N0 + N - 1) // N
+    THIRD: tl.constexpr = SECOND + (N1 + N - 1) // N
+    w = w0
+    bias = bias0
+    if block >= THIRD:
+        w = w2
+        bias = bias2
+    elif block >= SECOND:
+        w = w1
+        bias = bias1
+    outputs = tl.where(block >= THIRD, N2, tl.where(block >= SECOND, N1, N0))
+    offset = tl.where(block >= THIRD, N0 + N1, tl.where(block >= SECOND, N0, 0))
+    block -= tl.where(block >= THIRD, THIRD, tl.where(block >= SECOND, SECOND, 0))
+    TOTAL: tl.constexpr = N0 + N1 + N2
+    if B == 1:
+        _vector(x, w, bias, y, squares, block, offset, outputs, D, BIAS, NORM, BLOCKS, PADDED, EPS, N, BLOCK, PDL)
+    else:
+        _matrix(
+            x, w, bias, y, squares, block, offset, outputs, TOTAL, B, D, BIAS, NORM, BLOCKS, PADDED, EPS, BATCH, N,
+            BLOCK, PDL,
+        )  # fmt: skip
+
+
+def linear(
+    x: Tensor, weights: tuple[Tensor, ...], y: Tensor, *, biases: tuple[Tensor, ...] | None = None,
+    norm: Norm | None = None, tiles: Tiles | None = None,
+) -> None:  # fmt: skip
+    """Launch it; x [B, D] contiguous, weights of up to three linears [N_i, D], y [B, sum of N_i] float32."""
+    batch, inputs = x.shape
+    sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
+    tiles = tiles or Tiles.of(batch, sum(sizes), inputs, x.element_size())
+    padded = [*weights, *[weights[0]] * (3 - len(weights))]
+    own_biases = [*(biases or weights), *[weights[0]] * (3 - len(weights))]
+    norms, constants = Norm.arguments(norm, x)
+    _linear[(sum(triton.cdiv(size, tiles.outputs) for size in sizes),)](
+        x, norms, *padded, *own_biases, y, B=batch, D=inputs, N0=sizes[0], N1=sizes[1], N2=sizes[2],
+        BIAS=biases is not None, BATCH=max(16, triton.next_power_of_2(batch)), N=tiles.outputs, BLOCK=tiles.inputs,
+        num_warps=tiles.warps, num_stages=tiles.stages, **constants, **dependent(x.device),
+    )  # fmt: skip

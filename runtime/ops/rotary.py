@@ -1,0 +1,134 @@
+"""From what the q, k and v projections put out to what attention reads: B'u, norms of heads, rotary, the row's page.
+
+One program handles one head of one row. Rotary mixes a head's halves, which are the first two and the last two of its
+quarters.
+
+Shape legend: B rows, H query heads, Hkv key and value heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from policy.settings import PAGE_TOKENS
+
+from .expand import Cut, arguments, expanded
+from .launch import dependent, release
+from .shrink import Shrink
+
+_PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where a layer's keys and values go, and how far every row has come."""
+
+    keys: Tensor
+    """[P, Hkv, 16, D] in the model's dtype"""
+    values: Tensor
+    table: Tensor
+    """[B, pages] int32: a row's pages, oldest first"""
+    lengths: Tensor
+    """[B] int32: tokens of a row, the one being decoded included; 0: not in use"""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is fixed about q, k and v."""
+
+    cosine: Tensor
+    """[positions, D / 2] float32"""
+    sine: Tensor
+    q_norm: Tensor | None = None
+    """[D], of models that norm the heads of queries and keys"""
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
+@triton.jit
+def _rotary(
+    y, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages, u, records, arena, levels, pairs, site,
+    H: tl.constexpr, HKV: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
+    LORA: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr,
+    LANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    release(PDL)
+    row, head = tl.program_id(0), tl.program_id(1)
+    HEAD: tl.constexpr = 4 * QUARTER
+    WIDTH: tl.constexpr = (H + 2 * HKV) * HEAD
+    # q, k and v are three modules: which one, and which of its heads.
+    member = tl.where(head < H, 0, tl.where(head < H + HKV, 1, 2))
+    own = head - tl.where(head < H, 0, tl.where(head < H + HKV, H, H + HKV))
+    y0, y1, y2, y3 = expanded(
+        y + row * WIDTH + (head - own) * HEAD, u + (row * 3 + member) * R, records, arena, levels, pairs, row,
+        site + member, own, WIDTH, query.dtype.element_ty, QUARTER, M, LORA, K, FINE, L, LANES, PDL,
+    )  # fmt: skip
+    lane = tl.arange(0, L)
+    real = lane < QUARTER
+    length = tl.load(lengths + row)
+    position = tl.maximum(length - 1, 0)
+    # Two conditions: without norms there are no weights, and the compiler must not look at what reads them.
+    if NORM:  # noqa: SIM102
+        if member < 2:
+            squared = tl.sum(tl.where(real, y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3, 0.0))
+            rstd = tl.rsqrt(squared / HEAD + EPS)
+            scale = q_norm
+            if member == 1:
+                scale = k_norm
+            y0 *= rstd * tl.load(scale + lane, mask=real, other=0.0).to(tl.float32)
+            y1 *= rstd * tl.load(scale + QUARTER + lane, mask=real, other=0.0).to(tl.float32)
+            y2 *= rstd * tl.load(scale + 2 * QUARTER + lane, mask=real, other=0.0).to(tl.float32)
+            y3 *= rstd * tl.load(scale + 3 * QUARTER + lane, mask=real, other=0.0).to(tl.float32)
+    if member < 2:
+        angle = position * (2 * QUARTER) + lane
+        c0 = tl.load(cosine + angle, mask=real, other=0.0)
+        c1 = tl.load(cosine + angle + QUARTER, mask=real, other=0.0)
+        s0 = tl.load(sine + angle, mask=real, other=0.0)
+        s1 = tl.load(sine + angle + QUARTER, mask=real, other=0.0)
+        first0 = y0 * c0 - y2 * s0
+        first1 = y1 * c1 - y3 * s1
+        y2 = y2 * c0 + y0 * s0
+        y3 = y3 * c1 + y1 * s1
+        y0 = first0
+        y1 = first1
+    if head < H:
+        _store(query + (row * H + own) * HEAD, y0, y1, y2, y3, real, QUARTER, L)
+    elif length > 0:
+        page = tl.load(table + row * pages + position // _PAGE)
+        at = ((page.to(tl.int64) * HKV + own) * _PAGE + position % _PAGE) * HEAD
+        if member == 1:
+            _store(keys + at, y0, y1, y2, y3, real, QUARTER, L)
+        else:
+            _store(values + at, y0, y1, y2, y3, real, QUARTER, L)
+
+
+@triton.jit
+def _store(out, y0, y1, y2, y3, real, QUARTER: tl.constexpr, L: tl.constexpr):
+    lane = tl.arange(0, L)
+    kind = out.dtype.element_ty
+    tl.store(out + lane, y0.to(kind), mask=real)
+    tl.store(out + QUARTER + lane, y1.to(kind), mask=real)
+    tl.store(out + 2 * QUARTER + lane, y2.to(kind), mask=real)
+    tl.store(out + 3 * QUARTER + lane, y3.to(kind), mask=real)
+
+
+def rotate(
+    y: Tensor, query: Tensor, pages: Pages, heads: Heads, *, update: Shrink | None = None, cut: Cut | None = None
+) -> None:
+    """q, k and v of the token being decoded: y [B, (H + 2 Hkv) D] float32 -> query [B, H, D], and its page.
+
+    D is a multiple of 4; the rotary halves are the first and the last D / 2 channels of a head.
+    """
+    adapters, constants = arguments(update, query)
+    batch, count, width = query.shape
+    kv_heads = pages.keys.shape[1]
+    norms = (heads.q_norm, heads.k_norm) if heads.q_norm is not None and heads.k_norm is not None else (query, query)
+    _rotary[(batch, count + 2 * kv_heads)](
+        y, query, pages.keys, pages.values, pages.table, pages.lengths, heads.cosine, heads.sine, *norms,
+        pages.table.shape[1], *adapters, H=count, HKV=kv_heads, NORM=heads.q_norm is not None, EPS=heads.eps,
+        **constants, **(cut or Cut.of(batch, 1)).constants(width), **dependent(query.device),
+    )  # fmt: skip

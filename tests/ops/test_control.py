@@ -1,0 +1,406 @@
+"""The controller's kernel decides what a `Stream` decides, step by step: rung, weight, and all that a row remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from policy import (
+    FULL_KV,
+    ChunkSettings,
+    FixedPolicy,
+    LearnedPolicy,
+    Operating,
+    PercentilePolicy,
+    RankPolicy,
+    Settings,
+    SignalSettings,
+    Summary,
+)
+from policy.difficulty import NEUTRAL, PAIRS, Difficulty
+from policy.settings import AGE, LOOKS, PAPER_SIGNALS, SIGNALS
+from runtime.control.bucket import Offer
+from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
+from runtime.control.state import Gathered
+from runtime.control.stream import Stream
+from runtime.engine.control import MOST_HIDDEN, MOST_RUNGS, Controller, Ladders, why_not
+from runtime.ops.resolve import Rows
+from tests.runtime.reference import drawn_tables
+
+RUNGS = (1, 2, 4, 6, 8)
+COSTS = torch.tensor(
+    [[0.125, 0.25, 0.5, 0.75, 1.0], [0.1, 0.2, 0.45, 0.8, 1.0], [0.125, 0.3, 0.5, 0.7, 1.0]], dtype=torch.float64
+)
+"""Of three ladders."""
+VOCABULARY, PROBES, HEADS = 40, 3, 5
+IDS = 6
+"""Of the vocabulary those that occur: few, so that n-grams come again. Of the last one no table knows anything."""
+DIFFICULTY = [drawn_tables(1, IDS - 1), drawn_tables(2, IDS - 2, PAIRS // 2), Difficulty.neutral()]
+SLOTS = [3, 0, 2]
+"""Where the ladders lie; slot 1 is empty."""
+PLACES = 7
+"""Rows of the batch, of which some stay empty."""
+GARBAGE = 2**40 + 3
+
+# What differs in the float32 numbers are roundings: quotients and exponentials of one operation each for signals, and
+# for scales sums of up to 64 products, of size 1 and in another order, through two layers.
+CLOSE_SIGNAL = {"atol": 8 * 2**-24, "rtol": 0}
+CLOSE_SCALE = {"atol": 64 * 2**-24, "rtol": 0}
+
+
+def learned(signals=(*SIGNALS, AGE), hidden: int = 48, seed: int = 22) -> LearnedPolicy:
+    """One that does not choose the same for long."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy = LearnedPolicy(RUNGS, hidden, signals=signals)
+        damage = 0.02 * torch.rand(99, 1) * (1 / policy.cost - 1)
+        policy.calibrate(torch.rand(99, Summary.FEATURES), damage, torch.linspace(-9, 2, 99))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.ndim:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return policy
+
+
+def fixed() -> FixedPolicy:
+    return FixedPolicy(RUNGS, torch.tensor([1.3, 1.2, 0.9, 1.1, 1.0]))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Rows that come together: one value of each for every row."""
+
+    places: tuple[int, ...]
+    """Where they are in the batch."""
+    prompts: tuple[int, ...]
+    """Tokens that have gone through the model in blocks before."""
+    knobs: tuple[float, ...]
+    starts: tuple[int, ...]
+    budgets: tuple[float, ...]
+    ladders: tuple[int, ...]
+    resident: tuple[int, ...]
+    unread: int = 0
+    """Tokens of the prompt that are decoded one by one."""
+
+
+INF = float("inf")
+FIRST = Requests(
+    (4, 0, 5), (3, 0, 11), (-2.5, -3.0, -60.0), (3, 1, 4), (INF, 0.23, 0.5 - 1e-7), (0, 1, 2), (4, 4, 4), unread=3
+)
+SECOND = Requests((2, 1), (23, 1), (-3.5, 60.0), (0, 2), (0.4, INF), (2, 0), (4, 2))
+
+
+class Driver:
+    """Streams, and the controller that goes on from where their prompts end, fed with the same random numbers."""
+
+    def __init__(self, policy: RankPolicy, window: int, device: torch.device, **options: Tensor) -> None:
+        self.policy, self.device = policy.to(device), device
+        self.settings = Settings(signals=SignalSettings(novelty_window_tokens=window, prior_decay_tokens=20))
+        self.random = torch.Generator().manual_seed(3)
+        self.scales = torch.cat([0.5 + self.draw(3, len(RUNGS) - 1), torch.ones(3, 1, device=device)], 1)
+        self.ladders = Ladders.of(4, IDS - 1, len(RUNGS), device)
+        self.ladders.token[1], self.ladders.pair[1], self.ladders.scale[1] = 9, 9, float("nan")
+        for slot, difficulty, scales in zip(SLOTS, DIFFICULTY, self.scales, strict=True):
+            self.ladders.put(slot, difficulty, scales)
+        self.rows = Rows(self.whole(-1, dtype=torch.int32), self.whole(0, dtype=torch.int32), self.whole(0.0))
+        self.controller = Controller(policy, self.settings, self.rows, self.ladders, **options)
+        state = self.controller.state
+        for poisoned in (state.gathered, state.balance, state.budget, state.cost, state.knob):
+            poisoned.fill_(float("nan"))
+        self.streams: list[tuple[Tensor, Stream]] = []
+        self.tokens, self.entropy = self.whole(GARBAGE), self.whole(float("nan"))
+        self.surprisal, self.distant = self.whole(float("nan")), torch.full((PROBES, PLACES, HEADS), float("nan"))
+        self.distant = self.distant.to(device)
+
+    def whole(self, value: float, **kind) -> Tensor:
+        return torch.full((PLACES,), value, device=self.device, **kind)
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.random).to(self.device)
+
+    def draw_tokens(self, *shape: int) -> Tensor:
+        return (self.draw(*shape) * IDS).long()
+
+    def logits(self, *shape: int) -> Tensor:
+        return 4 * self.draw(*shape, VOCABULARY) ** 2 * self.draw(*shape, 1)
+
+    def admit(self, requests: Requests) -> None:
+        """A stream that has seen its prompts, in blocks of 5, and the controller's rows that go on from it."""
+        given = {f.name: torch.tensor(getattr(requests, f.name)) for f in fields(Requests)}
+        ladders, counts = given["ladders"], given["prompts"]
+        operating = Operating.at(
+            given["knobs"], given["starts"], FULL_KV, ladders, torch.tensor(requests.budgets, dtype=torch.float64)
+        )
+        stream = Stream(
+            self.settings, self.policy, operating, Offer.of(COSTS[ladders], resident=given["resident"]), self.device,
+            counts + requests.unread, difficulty=Difficulty.stack([DIFFICULTY[i] for i in requests.ladders]),
+        )  # fmt: skip
+        for start in range(0, max(requests.prompts), 5):
+            real = (start + torch.arange(5) < counts[:, None]).to(self.device)
+            stream.open_block(self.draw_tokens(len(counts), 5), real)
+            if stream.static is None:
+                stream.close_block(self.logits(len(counts), 5), self.draw(len(counts), 5))
+        index = torch.tensor(requests.places, device=self.device)
+        self.controller.load(index, stream, torch.tensor(SLOTS, device=self.device)[ladders.to(self.device)])
+        self.tokens[index] = self.draw_tokens(len(index))
+        if stream.expected is not None:  # which of a row without a token says nothing
+            first = surprisal(stream.expected, self.tokens[index])
+            self.surprisal[index] = torch.where(stream.state.position > 0, first, float("nan"))
+        self.streams.append((index, stream))
+
+    def step(self, hears: bool = True) -> None:
+        """One token of every row through streams and controller, which must agree; then what follows from it."""
+        self.rows.rung.fill_(-7)
+        self.rows.weight.fill_(float("nan"))
+        self.controller.step(self.tokens, self.entropy, self.surprisal, self.distant if hears else None)
+        for index, stream in self.streams:
+            real = torch.ones(len(index), 1, dtype=torch.bool, device=self.device)
+            weights = stream.open_block(self.tokens[index, None], real)
+            self.compare(index, stream, weights[:, 0], hears)
+            logits = self.logits(len(index), 1)
+            self.distant[:, index] = self.draw(PROBES, len(index), HEADS)
+            stream.close_block(logits, self.distant[:, index].mean((0, 2))[:, None])
+            log_p = log_probabilities(logits[:, 0])
+            self.entropy[index], self.tokens[index] = next_token_entropy(log_p), self.draw_tokens(len(index))
+            self.surprisal[index] = surprisal(log_p, self.tokens[index])
+
+    def compare(self, index: Tensor, stream: Stream, weights: Tensor, hears: bool) -> None:
+        own, state, rung = self.controller.state, stream.state, stream.block.rung[:, 0]
+        assert self.rows.rung[index].tolist() == rung.tolist()
+        scales = self.scales[state.operating.adapter].gather(1, rung[:, None])[:, 0]
+        torch.testing.assert_close(self.rows.weight[index], weights.sum(1) * scales, **CLOSE_SCALE)
+        assert own.position[index].tolist() == state.position.tolist()
+        assert own.balance[index].tolist() == state.bucket.balance.tolist()
+        if not self.policy.looks:
+            return
+        self.check_apart(stream)
+        gathered = torch.stack([getattr(state.gathered, f.name) for f in fields(Gathered)], 1)
+        torch.testing.assert_close(own.gathered[index], gathered, **CLOSE_SIGNAL)
+        past = state.position[:, None] - stream.history.shape[1] + torch.arange(stream.history.shape[1]).to(index)
+        assert torch.equal(own.history[index].gather(1, past % own.history.shape[1]).long(), stream.history)
+
+    def check_apart(self, stream: Stream) -> None:
+        """That no decision hangs on a rounding: the best two rungs differ by more than those."""
+        block = stream.block
+        summary = Summary(block.held[:, 0], block.held_valid[:, 0], block.first[:, 0], block.positions[:, 0])
+        best = self.policy.logits(summary.features(), stream.state.operating.knob)[0].topk(2).values
+        assert ((best[:, 0] - best[:, 1]) > 2e-5 * best[:, 0].abs()).all()
+
+
+def check_untouched(driver: Driver, places: list[int]) -> None:
+    """That rows without a ladder have no rung and stand still."""
+    state = driver.controller.state
+    assert driver.rows.rung[places].tolist() == driver.rows.weight[places].tolist() == [0] * len(places)
+    assert not state.position[places].any()
+    assert not state.step[places].any()
+    assert (state.history[places] == -1).all()
+    assert state.gathered[places].isnan().all()
+    assert state.balance[places].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("signals", "hidden", "seed", "window", "steps"),
+    [
+        ((*SIGNALS, AGE), 48, 22, 13, 60),
+        (PAPER_SIGNALS, 5, 36, 3, 12),
+        (("attention", "surprisal"), 17, 25, 1, 12),
+        (("novelty", "pair"), 63, 17, 100, 12),
+        (("entropy", "prior", "difficulty", AGE), 33, 3, 28, 12),
+    ],
+)
+def test_every_step_of_a_learned_policy_is_the_streams(device, signals, hidden, seed, window, steps):
+    driver = Driver(learned(signals, hidden, seed), window, device)
+    driver.admit(FIRST)
+    rungs, second = [], max(4, steps - 16)
+    for step in range(steps):
+        if step == second:
+            driver.admit(SECOND)
+        driver.step()
+        rungs.append(driver.rows.rung.tolist())
+        check_untouched(driver, [3, 6] if step >= second else [1, 2, 3, 6])
+    # so that the comparison says something: rows move, and not by their budgets alone
+    chosen = [set(own) for own in zip(*rungs[second:], strict=True)]
+    assert min(len(chosen[4]), len(chosen[0])) > 1, chosen
+    assert min(chosen[4]) < len(RUNGS) - 1, "the top rung's scale is 1 whatever the network says"
+
+
+def test_a_window_longer_than_a_tile_is_looked_through_to_its_end(device, monkeypatch):
+    """A text that repeats itself after 290 tokens, in a window of 300."""
+    driver = Driver(learned(("novelty", "entropy")), 300, device)
+    text = iter((VOCABULARY * driver.draw(290, 3)).long().repeat(2, 1))
+
+    def repeated(rows: int, *columns: int) -> Tensor:
+        return torch.stack([next(text) for _ in range(*columns or (1,))], 1).view(rows, *columns)
+
+    monkeypatch.setattr(driver, "draw_tokens", repeated)
+    driver.admit(replace(FIRST, prompts=(320, 320, 320)))
+    for _ in range(4):
+        driver.step()
+    assert not driver.controller.state.gathered[[4, 0, 5], 0, SIGNALS.index("novelty")].any()
+
+
+def test_the_dear_end_of_the_knob_is_the_top_rung_whatever_was_learned(device):
+    policy = learned(("entropy",))
+    policy.damage_unit.fill_(1e-6)
+    with torch.no_grad():
+        policy.damage_head.bias.fill_(-100.0)
+    driver = Driver(policy, 8, device)
+    driver.admit(replace(FIRST, knobs=(-14.0, -60.0, -13.0), budgets=(INF,) * 3, unread=0))
+    driver.step()
+    driver.step()
+    assert driver.rows.rung[[4, 0]].tolist() == [4, 4]
+    assert driver.rows.rung[5] < 4
+
+
+def test_attention_need_not_be_measured_for_who_does_not_look_at_it(device):
+    driver = Driver(learned(("entropy", "novelty", AGE), 12), 8, device)
+    driver.admit(SECOND)
+    for _ in range(5):
+        driver.step(hears=False)
+    with pytest.raises(AssertionError, match="who looks at attention is given it"):
+        Driver(learned(PAPER_SIGNALS), 8, device).step(hears=False)
+
+
+def test_a_place_is_taken_again(device):
+    """What the row before has left is neither seen nor paid for."""
+    driver = Driver(learned(), 11, device)
+    driver.admit(FIRST)
+    addresses = [getattr(driver.controller.state, f.name).data_ptr() for f in fields(driver.controller.state)]
+    for _ in range(6):
+        driver.step()
+    driver.streams.clear()
+    again = replace(SECOND, places=(5, 0))
+    driver.admit(again)
+    # Of a row that has just come the stream has taken in what the model has put out.
+    driver.entropy[[5, 0]] = float("nan")
+    driver.distant[:, [5, 0]] = float("nan")
+    driver.rows.slot[4] = -1
+    for _ in range(5):
+        driver.step()
+        assert driver.rows.weight[4] == 0
+    assert driver.controller.state.step.tolist() == [5, 0, 0, 0, 6, 5, 0]
+    assert addresses == [getattr(driver.controller.state, f.name).data_ptr() for f in fields(driver.controller.state)]
+
+
+def test_a_fixed_policy_keeps_budget_and_prompt(device):
+    """A start rung of its own for what is left of the prompt, and no more than is in memory or can be paid for."""
+    driver = Driver(fixed(), 8, device)
+    driver.admit(replace(FIRST, knobs=(2.4, 3.0, 4.0), resident=(4, 4, 3)))
+    rungs = []
+    for _ in range(32):
+        driver.step()
+        rungs.append(driver.rows.rung[[4, 0, 5]].tolist())
+    capped, paid = [own[0] for own in rungs], {own[1] for own in rungs[3:]}
+    assert capped == [3] * 3 + [2] * 29
+    assert len(paid) > 1
+
+
+def test_a_static_row_has_its_rung_without_a_step(device):
+    driver = Driver(fixed(), 8, device)
+    driver.admit(replace(FIRST, knobs=(2.0, 0.0, 9.0), starts=(2, 0, 4), budgets=(INF,) * 3, unread=0))
+    (index, stream), found = driver.streams[0], []
+    assert stream.static == [2, 0, 4]
+    for _ in range(2):
+        found.append((driver.rows.rung[index].tolist(), driver.rows.weight[index].tolist()))
+        driver.controller.step(driver.tokens, driver.entropy, driver.surprisal)
+    assert found[0] == found[1]
+    expected = fixed().scales[stream.static] * driver.scales.cpu()[[0, 1, 2], stream.static]
+    assert found[0] == ([2, 0, 4], expected.tolist())
+
+
+STEPS = 6
+
+
+def traced(device: torch.device, trace: Tensor | None, policy: RankPolicy) -> tuple[Tensor, Tensor, Tensor]:
+    """Rungs [STEPS + 2, B], weights and the log [B, STEPS] of a run that goes on for two steps beyond that."""
+    guarded = torch.full((PLACES * STEPS + 8,), -5, dtype=torch.int16, device=device)
+    log = guarded[: PLACES * STEPS].view(PLACES, STEPS)
+    driver = Driver(policy, 8, device, trace=trace, log=log)
+    driver.admit(replace(FIRST, places=(6, 0, 5), budgets=(INF, INF, 0.125), unread=0))
+    found = []
+    for _ in range(STEPS + 2):
+        driver.controller.step(driver.tokens, driver.entropy, driver.surprisal, driver.distant)
+        driver.entropy[:], driver.distant[:] = driver.draw(PLACES), driver.draw(PROBES, PLACES, HEADS)
+        driver.tokens[:], driver.surprisal[:] = driver.draw_tokens(PLACES), driver.draw(PLACES)
+        found.append((driver.rows.rung.clone(), driver.rows.weight.clone()))
+    assert (guarded[PLACES * STEPS :] == -5).all(), "written beyond the log"
+    rungs, weights = (torch.stack(own) for own in zip(*found, strict=True))
+    return rungs, weights, log
+
+
+def test_the_log_has_every_step_and_nothing_beyond(device):
+    rungs, _, log = traced(device, None, learned())
+    used = [0, 5, 6]
+    assert torch.equal(log[used].int(), rungs.T[used, :STEPS])
+    assert (log[[1, 2, 3, 4]] == -5).all()
+    assert len(log[used].unique()) > 2
+
+
+def test_a_trace_replaces_what_was_decided_where_it_says_something(device):
+    policy = learned()
+    free, weights, _ = traced(device, None, policy)
+    trace = torch.full((PLACES, STEPS), -1, dtype=torch.int16)
+    trace[6, 1], trace[6, 4], trace[0, 0], trace[5, STEPS - 1] = 0, 4, 2, 4
+    rungs, forced_weights, log = traced(device, trace.to(device), policy)
+    for row in (6, 0):  # without a budget the steps that nothing is said of stay as they were
+        expected = torch.where(trace[row] >= 0, trace[row].int(), free[:STEPS, row].cpu())
+        assert rungs[:STEPS, row].tolist() == expected.tolist() == log[row].tolist()
+        same = (rungs == free)[:, row]
+        assert torch.equal(forced_weights[same, row], weights[same, row])
+    assert forced_weights[4, 6] == 1, "the top rung has scale 1"
+    assert rungs[STEPS - 1, 5] == 4
+    assert (rungs[STEPS:] == free[STEPS:])[:, [0, 6]].all()
+
+
+def test_what_a_trace_reads_is_paid_for(device):
+    """At a budget of the least rung's cost one dear token leaves too little of the bucket for others."""
+    trace = torch.full((PLACES, STEPS), -1, dtype=torch.int16, device=device)
+    driver = Driver(learned(), 8, device, trace=trace)
+    driver.admit(replace(FIRST, budgets=(0.125, INF, INF), unread=0))
+    trace[4] = 4
+    balance = driver.controller.state.balance
+    before = balance[4].item()
+    for _ in range(2):
+        driver.controller.step(driver.tokens, driver.entropy, driver.surprisal, driver.distant)
+        driver.entropy[:], driver.distant[:] = 0.5, 0.5
+    assert balance[4].item() == before - 2 * (1 - 0.125)
+
+
+def test_a_slot_is_written_over_by_a_ladder_of_fewer_rungs_and_other_ids(device):
+    ladders = Ladders.of(2, 5, len(RUNGS), device)
+    long, short = drawn_tables(3, 9), drawn_tables(4, 2, 100)
+    for slot, difficulty, scales in ((1, long, [0.5, 0.6, 0.7, 0.8, 1.0]), (1, short, [0.9, 1.0]), (0, long, [1.0])):
+        ladders.put(slot, difficulty, torch.tensor(scales))
+    assert ladders.token.tolist() == [long.token[:5].tolist(), [*short.token.tolist(), NEUTRAL, NEUTRAL, NEUTRAL]]
+    assert torch.equal(ladders.pair[0].cpu(), long.pair)
+    assert torch.equal(ladders.pair[1, :100].cpu(), short.pair)
+    assert (ladders.pair[1, 100:] == NEUTRAL).all()
+    torch.testing.assert_close(ladders.scale.cpu(), torch.tensor([[1.0] * 5, [0.9, 1.0, 1.0, 1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "clause"),
+    [
+        (learned(), Settings(), None),
+        (learned(PAPER_SIGNALS, MOST_HIDDEN), Settings(), None),
+        (fixed(), Settings(), None),
+        (PercentilePolicy(RUNGS, "entropy"), Settings(), "it is of the kind percentile, not learned or fixed"),
+        (LearnedPolicy(RUNGS, signals=LOOKS, width=4), Settings(), "it looks at the model's hidden states"),
+        (learned(), Settings(chunk=ChunkSettings(1, 2)), "its chunks are longer than one token"),
+        (fixed(), Settings(chunk=ChunkSettings(4, 4), fade_tokens=4), "its chunks are longer than one token"),
+        (LearnedPolicy(RUNGS, MOST_HIDDEN + 1), Settings(), f"its network is wider than {MOST_HIDDEN} units"),
+        (FixedPolicy(range(1, MOST_RUNGS + 2)), Settings(), f"it has more than {MOST_RUNGS} rungs"),
+    ],
+)
+def test_what_is_not_covered_is_refused_in_a_clause(device, policy, settings, clause):
+    assert why_not(policy, settings) == clause
+    rows = Rows(*(torch.zeros(1, dtype=kind, device=device) for kind in (torch.int32, torch.int32, torch.float32)))
+    ladders = Ladders.of(1, 4, len(policy.rungs), device)
+    if clause is None:
+        Controller(policy, settings, rows, ladders)
+        return
+    with pytest.raises(ValueError, match=f"policy: expected one that the fast path covers.*{clause}"):
+        Controller(policy, settings, rows, ladders)
