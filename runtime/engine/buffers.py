@@ -1,0 +1,134 @@
+"""The tensors whose addresses a captured graph holds: made once for a batch bucket, written in place ever after.
+
+Shape legend: B rows, D hidden, F inner, V vocabulary, L layers, P pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from policy.settings import PAGE_TOKENS
+
+from ..ops.alone import residual_programs
+from ..ops.attention import AttentionScratch
+from ..ops.norm import Norm
+from ..ops.residual import squares_of
+from ..ops.resolve import Rows
+from ..ops.rotary import Pages
+from .model import MEMBERS, Model, block_columns
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pages of all layers: page number n is page n in each of them."""
+
+    keys: tuple[Tensor, ...]
+    """L of [P, Hkv, 16, head_dim] in the model's dtype"""
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: Model, pages: int) -> Pool:
+        """Zeroed pages: what lies behind a row's last token is multiplied by a weight of 0, and must not be NaN."""
+        shape = (pages, model.shape.kv_heads, PAGE_TOKENS, model.shape.head_dim)
+        keys, values = (
+            tuple(torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers) for _ in range(2)
+        )
+        return cls(keys, values)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(own.nbytes for own in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Everything that a decode step of B rows reads and writes beside weights, adapters and pages."""
+
+    rows: Rows
+    tokens: Tensor
+    """[B] long: the tokens about to be processed"""
+    lengths: Tensor
+    """[B] int32: tokens of every row whose keys and values are there; 0: not in use"""
+    table: Tensor
+    """[B, pages of a row] int32"""
+    r: Tensor
+    """[B, D] float32, the residual"""
+    normed: Tensor
+    """[B, D] in the model's dtype: residual times the next norm's weight"""
+    squares: Tensor
+    """[B, blocks] float32: sums of squares of the residual"""
+    counts: Tensor
+    """[sites] int32: how many directions of a launch are done, where a launch waits for them itself"""
+    y: Tensor
+    """[B * widest] float32: what a linear puts out"""
+    u: Tensor
+    """[B * 3 * directions] float32: what a shrink puts out"""
+    query: Tensor
+    """[B, H, head_dim]"""
+    attended: Tensor
+    """[B, H * head_dim]"""
+    inner: Tensor
+    """[B, F]"""
+    logits: Tensor
+    """[B, V] float32"""
+    scratch: AttentionScratch | None
+    distant: Tensor
+    """[probes, B, H] float32: attention mass beyond the recent pages in the layers that are listened to"""
+
+    @classmethod
+    def of(cls, model: Model, rows: int, pages: int, directions: int, probes: int, splits: int) -> Buffers:
+        """For `rows` rows of up to `pages` pages, adapters of up to `directions` directions."""
+        s, device, dtype = model.shape, model.device, model.dtype
+        attended = s.heads * s.head_dim
+        widest = max(attended + 2 * s.kv_heads * s.head_dim, 2 * s.inner, s.hidden)
+
+        blocks = (
+            residual_programs(s.hidden, device) if rows == 1 else squares_of(rows, s.hidden, block_columns(s.hidden))
+        )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            rows=Rows(torch.full((rows,), -1, dtype=torch.int32, device=device), zeros(rows, dtype=torch.int32),
+                      zeros(rows)),
+            tokens=zeros(rows, dtype=torch.long),
+            lengths=zeros(rows, dtype=torch.int32),
+            table=zeros(rows, pages, dtype=torch.int32),
+            r=zeros(rows, s.hidden),
+            normed=zeros(rows, s.hidden, dtype=dtype),
+            squares=zeros(rows, blocks),
+            counts=zeros(len(MEMBERS) * s.layers, dtype=torch.int32),
+            y=zeros(rows * widest),
+            u=zeros(rows * 3 * directions),
+            query=zeros(rows, s.heads, s.head_dim, dtype=dtype),
+            attended=zeros(rows, attended, dtype=dtype),
+            inner=zeros(rows, s.inner, dtype=dtype),
+            logits=zeros(rows, s.vocabulary),
+            scratch=AttentionScratch.of(rows, s.heads, s.head_dim, splits, device) if splits > 1 else None,
+            distant=zeros(max(probes, 1), rows, s.heads),
+        )  # fmt: skip
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one row, which takes fewer launches."""
+        return len(self.tokens) == 1
+
+    def norm(self, eps: float) -> Norm:
+        return Norm(self.squares, eps)
+
+    def outputs(self, width: int) -> Tensor:
+        """[B, width] of y."""
+        return self.y[: len(self.tokens) * width].view(len(self.tokens), width)
+
+    def shrunk(self, members: int) -> Tensor:
+        """[B, members, directions] of u."""
+        rows = len(self.tokens)
+        directions = len(self.u) // (3 * rows)
+        return self.u[: rows * members * directions].view(rows, members, directions)
+
+    def pages(self, pool: Pool, layer: int) -> Pages:
+        return Pages(pool.keys[layer], pool.values[layer], self.table, self.lengths)
