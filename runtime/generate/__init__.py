@@ -24,7 +24,10 @@ from policy.rungs import Rung
 from ..control.record import ChunkTrace
 from ..loading import load_model, load_tokenizer, require_plain
 from ..plan import AdapterSource
-from ..reference.adaptive import AdaptiveRun, adaptive, check_length, end_tokens, generation_option
+from ..reference.adaptive import AdaptiveRun, check_length, end_tokens, generation_option
+from .choice import adaptive
+
+__all__ = ["Generation", "adaptive", "generate"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Generation:
     """Bytes the same tokens take in the model's own dtype."""
     kv_bytes_allocated: int
     """Bytes of KV storage really held at the end: the room of pages not yet full, spare pages and tables included."""
+    path: str
+    """Which way it went, `fast` or `reference`, and why."""
     trace: list[list[ChunkTrace]] | None
     """Per row its chunks, when `return_trace=True`."""
 
@@ -69,6 +74,8 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     return_trace: bool = False,
+    fast: bool | None = None,
+    seed: int | Sequence[int] | None = None,
     **generation_kwargs: Any,
 ) -> Generation:
     """Complete `prompts` with `adapter` on `model` at the ranks that `policy` chooses.
@@ -81,6 +88,10 @@ def generate(
     `rung` serves one fixed rung. `resident_rung` keeps no more of the adapter in memory than its rungs up to that one
     read, which is then what no policy means (a warning says so), and the highest that a policy may choose; a budget of
     1 is refused with it. All else goes to transformers' `generate`.
+
+    On a GPU, models of the LLaMA family go through the engine where it covers what is asked for; `fast=True` insists,
+    and is refused with the reason, `fast=False` never does. `seed` is of the engine's sampling: one for each row, or
+    one from which those of the rows follow.
 
     Raises FileNotFoundError for a wrong path and ValueError, one line each, for input that does not fit together.
     """
@@ -96,8 +107,10 @@ def generate(
         generation_kwargs["tokenizer"] = tokenizer
     chosen = adaptive(
         model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        resident_rung=resident_rung, keep_record=return_trace,
+        resident_rung=resident_rung, keep_record=return_trace, fast=fast,
     )  # fmt: skip
+    if seed is not None:
+        generation_kwargs["seed"] = seed
     with chosen as run:
         output = model.generate(**inputs, **generation_kwargs)  # type: ignore[operator]  # a method of a mixin
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -170,5 +183,5 @@ def _collect(
     trace = [run.trace(row, length) for row, length in enumerate(lengths)] if return_trace else None
     return Generation(
         texts, sequences, tokens, mean_rank, run.row_mean_rank(), prompt_mean_rank, run.adapter_bytes(),
-        run.adapter_share(), cache.kv_bytes(), cache.kv_bytes_full(), cache.kv_bytes_allocated(), trace,
+        run.adapter_share(), cache.kv_bytes(), cache.kv_bytes_full(), cache.kv_bytes_allocated(), run.path, trace,
     )  # fmt: skip

@@ -29,6 +29,9 @@ LIMITS: Mapping[str, Limit] = {
     "rung": Maybe(RUNG),
     "resident-rung": Maybe(RUNG),
     "temperature": Maybe(Number(1e-6, 1e6)),
+    "top-k": Maybe(Whole(0, 2**31 - 1)),
+    "top-p": Maybe(Number(0, 1)),
+    "min-p": Maybe(Number(0, 1)),
     "repetition-penalty": Maybe(Number(1e-3, 1e3)),
     "seed": Whole(0, 2**32 - 1),
 }
@@ -68,9 +71,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=sorted(DTYPES), default="auto")
     p.add_argument("--do-sample", action="store_true", help="sample instead of greedy decoding")
     p.add_argument("--temperature", type=float, help="with --do-sample")
+    p.add_argument("--top-k", type=int, help="with --do-sample: how many tokens may be drawn; 0: all")
+    p.add_argument("--top-p", type=float, help="with --do-sample: the mass of the tokens that may be drawn")
+    p.add_argument("--min-p", type=float, help="with --do-sample: the least share of the most probable token's mass")
     p.add_argument("--repetition-penalty", type=float)
     p.add_argument("--seed", type=int, default=0, help="of sampling")
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    p.add_argument(
+        "--fast", action=argparse.BooleanOptionalAction,
+        help="insist on the engine, or never use it (default: on a GPU, where it covers what is asked for)",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="end with one line of JSON, of which --fast leaves out chunks")
     return p
 
 
@@ -92,29 +102,30 @@ def main() -> None:
         warnings.showwarning = _say
         for name, limit in LIMITS.items():
             limit.take(name, getattr(args, name.replace("-", "_")))
-        if args.temperature is not None and not args.do_sample:
-            raise ValueError(f"temperature: expected --do-sample with it, got {args.temperature} alone; add it")
+        drawn = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        for name, value in drawn.items():
+            if value is not None and not args.do_sample:
+                flag = name.replace("_", "-")
+                raise ValueError(f"{flag}: expected --do-sample with it, got {value} alone; add it")
         transformers.set_seed(args.seed)
         tokenizer = load_tokenizer(args.model)
         streamer = TimedStreamer(tokenizer)
-        optional = {
-            "temperature": args.temperature,
-            "repetition_penalty": args.repetition_penalty,
-        }
+        optional = drawn | {"repetition_penalty": args.repetition_penalty}
         out = generate(
             args.model, args.adapter, args.prompt, policy=args.policy, budget=args.budget,
             latency_budget_ms=args.latency_budget_ms, rung=args.rung, resident_rung=args.resident_rung,
-            tokenizer=tokenizer, dtype=args.dtype, return_trace=args.json, streamer=streamer,
-            max_new_tokens=args.max_new_tokens, do_sample=args.do_sample,
+            tokenizer=tokenizer, dtype=args.dtype, return_trace=args.json and not args.fast, fast=args.fast,
+            streamer=streamer, max_new_tokens=args.max_new_tokens, do_sample=args.do_sample,
             **{name: value for name, value in optional.items() if value is not None},
         )  # fmt: skip
+        print(f"path: {out.path}", file=sys.stderr)
         if args.json:
             sys.stdout.flush()
-            assert out.trace is not None
             print(
                 json.dumps(
                     {
                         "text": out.texts[0],
+                        "path": out.path,
                         "tokens": out.tokens[0],
                         "ms_per_token": streamer.ms_per_token(),
                         "mean_rank": _number(out.mean_rank),
@@ -123,7 +134,7 @@ def main() -> None:
                         "kv_bytes": out.kv_bytes,
                         "kv_bytes_full": out.kv_bytes_full,
                         "kv_bytes_allocated": out.kv_bytes_allocated,
-                        "chunks": [chunk.to_dict() for chunk in out.trace[0]],
+                        "chunks": None if out.trace is None else [chunk.to_dict() for chunk in out.trace[0]],
                     }
                 )
             )

@@ -87,6 +87,8 @@ class AdaptiveRun:
         self.call_length = CallLength()
         self.last: AdaptiveCache | None = None
         """Cache of the latest call that started a batch of sequences."""
+        self.path = ""
+        """Which way the latest `generate` went, and why."""
         self._call = threading.RLock()
         self._forward = model.forward
         self._text_config = config

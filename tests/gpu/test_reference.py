@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from policy import ChunkSettings, Operating, Settings
-from runtime import adaptive, export_rung, generate, load_tokenizer
+from runtime import export_rung, generate, load_tokenizer
 from runtime.control.record import Keep
 from runtime.plan import RunPlan, static_plan
-from runtime.reference.adaptive import activate
+from runtime.reference.adaptive import activate, adaptive
 from tests.runtime.reference import PositionPolicy
 
 pytestmark = pytest.mark.gpu

@@ -1,6 +1,7 @@
 """`python -m runtime.generate`: streams, ends in one JSON line, and in one line for every mistake."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,9 +19,13 @@ from tests.runtime.reference import handmade_ladder
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
-    "text", "tokens", "ms_per_token", "mean_rank", "adapter_bytes", "adapter_share", "kv_bytes", "kv_bytes_full",
-    "kv_bytes_allocated", "chunks",
+    "text", "path", "tokens", "ms_per_token", "mean_rank", "adapter_bytes", "adapter_share", "kv_bytes",
+    "kv_bytes_full", "kv_bytes_allocated", "chunks",
 }  # fmt: skip
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Else `--fast` is refused: the command's model is not on a GPU."""
+PATH = "path: reference: the model is on cpu, and the engine's kernels need a GPU\n"
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +65,11 @@ def command(stories_path, stories_adapter, monkeypatch, capsys):
 
 def test_json_line_ends_the_stream(command, policy):
     status, out, err = command("--policy", policy, "--json")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, PATH)
     *streamed, last = out.splitlines()
     result = json.loads(last)
     assert set(result) == KEYS
+    assert f"path: {result['path']}\n" == PATH
     assert "\n".join(streamed).strip() == result["text"].strip()
     assert result["tokens"] == 40
     assert result["ms_per_token"] > 0
@@ -88,8 +94,8 @@ def test_without_policy_or_with_the_whole_budget_all_is_full(command, policy):
 
 
 def test_text_alone_without_json(command):
-    status, out, err = command("--dtype", "float32")
-    assert (status, err) == (0, "")
+    status, out, err = command("--dtype", "float32", "--no-fast")
+    assert (status, err) == (0, "path: reference: fast=False\n")
     assert len(out.strip()) > 20
     assert "{" not in out
 
@@ -106,6 +112,31 @@ def test_sampling_repeats_with_its_seed(command):
     assert first != other
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--top-k", "1"), ("--top-p", "1e-6"), ("--min-p", "1")])
+def test_what_leaves_one_token_to_draw_is_greedy(command, flag, value):
+    assert command("--do-sample", flag, value)[:2] == command()[:2]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: set TRITON_INTERPRET=1")
+def test_the_engine_is_asked_for_and_said(command):
+    """It draws from the command's seed; without chunks, as it keeps no record."""
+    options = ("--fast", "--json", "--max-new-tokens", "1", "--do-sample", "--temperature", "3", "--top-k", "200")
+    (first, err), again, other = (command(*options, "--seed", seed)[1:] for seed in ("1", "1", "5"))
+    result = json.loads(first.splitlines()[-1])
+    assert set(result) == KEYS
+    assert err == f"path: {result['path']}\n"
+    assert result["path"].startswith("fast: ")
+    assert result["chunks"] is None
+    assert (first, err) == again != other
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: set TRITON_INTERPRET=1")
+def test_a_policy_that_the_engine_does_not_cover_is_named(command, policy):
+    status, out, err = command("--fast", "--policy", policy)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"error: fast: expected .*it is of the kind percentile, .*; leave fast out, .*\n", err)
+
+
 def test_repetition_penalty_changes_the_text(command):
     assert command("--repetition-penalty", "1.8")[1] != command()[1]
 
@@ -117,7 +148,7 @@ def coded(stories_adapter, tmp_path_factory):
 
 def test_a_rung_between_whole_ranks(command, coded):
     status, out, err = command("--rung", "1.25", "--json", adapter=coded)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, PATH)
     result, ladder = json.loads(out.splitlines()[-1]), load_ladder(coded)
     assert {chunk["rung"] for chunk in result["chunks"]} == {1.25}
     assert result["adapter_bytes"] == float(ladder.rung_bytes()[2])
@@ -128,9 +159,10 @@ def test_a_rung_between_whole_ranks(command, coded):
 @pytest.mark.filterwarnings("always:every token gets rung")
 def test_the_resident_rung_is_served_and_said_in_one_line(command, coded):
     status, out, err = command("--resident-rung", "1.25", adapter=coded)
-    assert (status, err) == (0, "warning: every token gets rung 1.25, the resident one, not the exact adapter 8\n")
+    warning = "warning: every token gets rung 1.25, the resident one, not the exact adapter 8\n"
+    assert (status, err) == (0, warning + PATH)
     assert out == command("--rung", "1.25", adapter=coded)[1]
-    assert command("--resident-rung", "1.25", "--rung", "0.5", adapter=coded)[::2] == (0, "")
+    assert command("--resident-rung", "1.25", "--rung", "0.5", adapter=coded)[::2] == (0, PATH)
     status, out, err = command("--resident-rung", "1.25", "--rung", "2", adapter=coded)
     assert (status, out) == (2, "")
     assert err.startswith("error: rung: expected at most the resident rung 1.25, got 2; ")
@@ -193,6 +225,7 @@ MISTAKES = {
         f"repetition penalty {value}": lambda f, value=value: (("--repetition-penalty", value), {})
         for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")
     },
+    **{f"{flag} alone": lambda f, flag=flag: ((flag, "1"), {}) for flag in ("--top-k", "--top-p", "--min-p")},
     "negative seed": lambda f: (("--do-sample", "--seed", "-1"), {}),
     "huge seed": lambda f: (("--do-sample", "--seed", str(2**32)), {}),
 }
@@ -214,6 +247,8 @@ def test_mistake_ends_in_one_line_and_status_two(mistake, command, request):
     [
         *[("--temperature", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
         *[("--repetition-penalty", value) for value in ("-1", "0", "1e-320", "nan", "inf", "1e300")],
+        *[("--top-k", value) for value in ("-1", str(2**31))],
+        *[(flag, value) for flag in ("--top-p", "--min-p") for value in ("-1", "1.5", "nan", "inf")],
         *[("--max-new-tokens", value) for value in ("0", "-1", str(10**30))],
         *[("--seed", value) for value in ("-1", str(2**32))],
         *[(flag, value) for flag in ("--rung", "--resident-rung") for value in ("-1", "nan", "inf", "1e300")],
@@ -233,7 +268,7 @@ def test_a_number_beyond_its_limit_is_named_before_anything_is_read(flag, value,
 @pytest.mark.parametrize("penalty", ["1e-3", "1e3"])
 def test_the_ends_of_what_is_allowed_still_give_text(temperature, penalty, command):
     status, out, err = command("--do-sample", "--temperature", temperature, "--repetition-penalty", penalty)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, PATH)
     assert out.strip()
 
 
@@ -247,7 +282,7 @@ def test_as_a_process_without_warnings(stories_path, stories_adapter, policy):
         "-m", "runtime.generate", "--model", stories_path, "--adapter", stories_adapter, "--policy", policy,
         "--budget", "0.5", "--prompt", "One day", "--max-new-tokens", "20", "--json",
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, PATH)
     assert set(json.loads(done.stdout.splitlines()[-1])) == KEYS
 
 

@@ -1,5 +1,6 @@
 """What a fit says at its end: commands that run as they are printed."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def test_the_command_that_a_fit_prints_last_serves_its_policy(case, tmp_path, ca
         "--prompt": "Your prompt",
     }  # fmt: skip
     done = subprocess.run(f"{command} --max-new-tokens 3 --json", shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"path: reference: .*\n", done.stderr)
     assert '"tokens": ' in done.stdout
 
 

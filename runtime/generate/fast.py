@@ -1,0 +1,185 @@
+"""A generation through the engine: the prompt by the reference path, every token behind it in one graph.
+
+The reference path's forward, decisions and signals are the specification; what it leaves of a prompt, the engine goes
+on with. The engine keeps every KV page in the model's dtype: where a policy would store pages in fewer bits it is more
+precise than the policy asks, and takes the memory that the reference path would save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from policy.operating import KVRows
+from policy.settings import FULL_KV
+
+from ..control.record import RESPONSE
+from ..control.stream import Stream
+from ..engine import control
+from ..engine import model as engine_model
+from ..engine.buffers import Pool
+from ..engine.control import Ladders
+from ..engine.decoder import Begin, Bucket, Decoder, pages_for
+from ..engine.model import model_of
+from ..engine.store import AdapterStore, needed_bytes
+from ..kv.formats import FULL
+from ..plan import RunPlan
+from ..reference.adaptive import AdaptiveRun, end_tokens, generation_option
+from ..reference.run import AdaptiveCache
+from .lookback import Lookback
+from .options import Options
+
+
+def why_not(model: PreTrainedModel, plan: RunPlan) -> str | None:
+    """Why the engine cannot serve a run, as a clause; None where it can."""
+    reason = engine_model.why_not(model)
+    if reason is not None:
+        return reason
+    reason = control.why_not(plan.policy, plan.settings)
+    if reason is not None:
+        return f"of the policy: {reason}"
+    known = model_of(model, 1).modules()
+    other = next((name for ladder in plan.ladders for name in ladder.modules if name not in known), None)
+    return None if other is None else f"an adapter adapts {other}, which is no linear of a layer"
+
+
+@dataclass
+class Spent:
+    """What the latest generation of the engine holds: stands where the reference path's cache would."""
+
+    stream: Stream
+    lengths: list[int]
+    token_bytes: int
+    allocated: int
+
+    def kv_bytes(self) -> int:
+        return self.token_bytes * sum(self.lengths)
+
+    kv_bytes_full = kv_bytes
+
+    def kv_bytes_allocated(self) -> int:
+        return self.allocated
+
+
+class FastPath:
+    """The engine of one run: its adapters on the device, a pool of pages, and a decoder for every bucket in use."""
+
+    def __init__(self, model: PreTrainedModel, run: AdaptiveRun) -> None:
+        self.hf, self.run, plan = model, run, run.plan
+        limit = getattr(model.config, "max_position_embeddings", 4096)
+        self.model = model_of(model, limit)
+        modules, ladders = self.model.modules(), plan.ladders
+        directions = max(int(own.edges[: own.highest + 1].max()) for own in ladders)
+        directions = max(directions, 1)
+        self.store = AdapterStore(
+            modules, slots=len(ladders), capacity_bytes=needed_bytes(ladders, modules, directions, model.dtype),
+            rungs=len(plan.policy.rungs), directions=directions, dtype=model.dtype, device=self.model.device,
+            banks=max(len(own.banks) for own in ladders),
+        )  # fmt: skip
+        self.ladders = Ladders.of(
+            len(ladders), self.model.shape.vocabulary, len(plan.policy.rungs), self.model.device
+        )  # fmt: skip
+        difficulty = plan.difficulty()
+        for number, ladder in enumerate(ladders):
+            slot = self.store.load(ladder)
+            own = difficulty.select(torch.tensor(number))
+            self.ladders.put(slot, own, torch.tensor(ladder.scales))
+        self._decoders: dict[Bucket, Decoder] = {}
+        self._pool: Pool | None = None
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What `model.generate` returns: ids [B, T] and the new tokens behind them, padded where rows have ended."""
+        options = Options.of(self.hf, ids, kwargs)
+        cache, logits = self._prefill(ids, kwargs)
+        if options.streamer is not None:
+            options.streamer.put(ids.cpu())
+        decoder = self._begin(ids, cache, logits, options)
+        new = self._decode(decoder, len(ids), options)
+        self._account(decoder, cache, new, options)
+        return torch.cat([ids, new], 1)
+
+    def _prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> tuple[AdaptiveCache, Tensor]:
+        operating = self.run.plan.operating
+        operating = replace(operating, kv=KVRows.of([FULL_KV] * len(operating)))
+        cache = self.run.new_cache(len(ids), operating=operating)
+        cache.next_call_is_prompt = True
+        mask = kwargs.get("attention_mask")
+        if mask is None:  # as transformers has it
+            pad = generation_option(self.hf, kwargs, "pad_token_id")
+            padded = pad is not None and pad not in end_tokens(self.hf, kwargs)
+            mask = (ids != pad).long() if padded else torch.ones_like(ids)
+        return cache, self.run.logits(ids, mask, cache, 1)[:, -1].float()
+
+    def _begin(self, ids: Tensor, cache: AdaptiveCache, logits: Tensor, options: Options) -> Decoder:
+        rows, pages = len(ids), cache.table.index.shape[1]
+        index = cache.table.index.long().to(self.model.device)
+        keys, values = (
+            [
+                layer.pools[FULL].parts[name].index_select(1, index.flatten()).unflatten(1, (rows, pages))
+                for layer in cache.layers
+            ]
+            for name in ("keys", "values")
+        )
+        longest = max(cache.lengths) + options.new_tokens
+        decoder = self._decoder(rows, pages_for(longest), options, cache.stream.static is None)
+        slots = cache.stream.state.operating.adapter.to(self.model.device, torch.int32)
+        lengths = torch.tensor(cache.lengths, dtype=torch.int32, device=self.model.device)
+        ends = torch.tensor(options.ends, dtype=torch.long, device=self.model.device)
+        decoder.begin(
+            Begin(cache.stream, slots, keys, values, lengths, logits, ids, options.sampling, ends, options.pad)
+        )
+        return decoder
+
+    def _decoder(self, rows: int, pages: int, options: Options, decides: bool) -> Decoder:
+        bucket = Bucket(_power(rows), _power(pages), _power(options.new_tokens), len(options.ends), decides)
+        if self._pool is None or len(self._pool.keys[0]) < bucket.rows * bucket.pages:
+            # Graphs hold the addresses of the old one.
+            self._decoders, self._pool = {}, None
+            self._pool = Pool.of(self.model, bucket.rows * bucket.pages)
+        if bucket not in self._decoders:
+            self._decoders[bucket] = Decoder(
+                self.model, self._pool, self.store, self.ladders, self.run.policy, self.run.plan.settings, bucket
+            )  # fmt: skip
+        return self._decoders[bucket]
+
+    def _decode(self, decoder: Decoder, rows: int, options: Options) -> Tensor:
+        """New tokens [B, columns] of all rows: up to where the last of them ended."""
+        generated, seen = decoder.generated, Lookback(decoder, rows, options.streamer)
+        seen.note()
+        for _ in range(options.new_tokens - 1):
+            decoder.run()
+            # The step just launched is under way while the one before it is looked at.
+            seen.note()
+            if seen.all_ended():
+                break
+        columns = seen.finish()
+        tokens: Tensor = generated.log[:rows, :columns].clone()
+        return tokens
+
+    def _account(self, decoder: Decoder, cache: AdaptiveCache, new: Tensor, options: Options) -> None:
+        """Count what the response read into the stream's sums, as the reference path does: of every row the tokens that
+        went through the model, up to its end."""
+        ends = torch.tensor(options.ends, dtype=torch.long, device=new.device)
+        over = torch.isin(new, ends).cumsum(1) > 0
+        fed = (~over[:, :-1]).long().sum(1)
+        stream, steps = cache.stream, torch.arange(new.shape[1] - 1, device=new.device)
+        if stream.static is not None:
+            rungs = torch.tensor(stream.static, device=new.device)[:, None].expand(-1, len(steps))
+        else:
+            rungs = decoder.rungs[: len(new), : len(steps)].long()
+        counted = (steps < fed[:, None]).double()
+        stream.sums.counts[:, RESPONSE].scatter_add_(1, rungs, counted)
+        # Rows that have ended hold the padding that they were fed.
+        lengths = [length + len(steps) for length in cache.lengths]
+        token_bytes = sum(layer.token_bytes for layer in cache.layers)
+        self.run.last = Spent(stream, lengths, token_bytes, decoder.pool.nbytes)  # type: ignore[assignment]
+
+
+def _power(count: int) -> int:
+    """The next power of two: graphs are captured for few sizes."""
+    return 1 << max(count - 1, 0).bit_length()
