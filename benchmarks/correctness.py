@@ -65,7 +65,7 @@ def same_greedy_tokens(device: torch.device, new_tokens: int = 48) -> bool:
     options: dict[str, Any] = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": new_tokens}
     with tempfile.TemporaryDirectory() as folder:
         path = write_adapter(model, 64, Path(folder))
-        with adaptive(model, path):
+        with adaptive(model, path, fast=False):
             ours = model.generate(input_ids=prompts, do_sample=False, **options)
         with peft_model(model, path) as peft:
             theirs = peft.generate(input_ids=prompts, do_sample=False, **options)

@@ -1,53 +1,51 @@
-"""Decoding with the plain-PyTorch reference path, beside PEFT, beside no adapter, and above the floor of bytes.
+"""Decoding with the engine: milliseconds a step beside the byte floor and beside what others take.
 
-At batch 1 a token is bound by memory: every weight, the adapter's factors and the KV cache are read once per token, so
+A step must read every weight, what its rows' rungs have of their adapters, and their KV:
 
-    floor = (weights + LoRA at the rung + KV of the mean context) / measured copy bandwidth
+    floor = (weights + adapters at their rungs + KV) / measured read bandwidth
 
-and a path's distance from it is launches, copies and Python. This reference is eager PyTorch and far above the floor:
-it is the specification, and its figures are what the fast path will be judged against. Eager paths are bound by the
-host, whose speed drifts on a shared machine: the paths take turns, one run of each per round, so that all of them see
-the same drift.
+Weights and adapters are random (`ladders`): speed depends on how many bytes are read and from where. Random weights
+have no easy text, so where rungs vary a trace says which they are: the controller computes at every step, the trace
+decides. First comes a gate: the tokens of the engine and of the reference path are the same, in float32, or nothing is
+timed.
 
-    python -m benchmarks.decode --shape llama-7b     # one GPU with 60 GB
-    python -m benchmarks.decode --shape tiny         # a smoke test for any CPU
+    python -m benchmarks.decode --shape llama-7b               # one GPU with 80 GB
+    python -m benchmarks.decode --shape llama-7b --peers       # and what plain PyTorch takes in a CUDA graph
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import subprocess
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from policy.fixed import FixedPolicy
+from policy.learned import LearnedPolicy
 from policy.limits import Whole
 from policy.operating import Operating
-from policy.percentile import PercentilePolicy
-from policy.settings import FULL_KV, MOST_TOKENS, KVSettings, Settings
-from runtime import build_ladder, load_adapter
+from policy.settings import FULL_KV, Settings
+from runtime import build_ladder, generate, load_adapter
 from runtime.command import one_line_errors
-from runtime.control.record import RESPONSE, mean_rank
-from runtime.kv import FORMATS
+from runtime.control.bucket import Offer
+from runtime.control.stream import Stream
+from runtime.engine.buffers import Pool
+from runtime.engine.control import Ladders
+from runtime.engine.decoder import Bucket, Decoder, pages_for
+from runtime.engine.model import Model, model_of
+from runtime.engine.store import AdapterStore, needed_bytes
 from runtime.ladder import Ladder
-from runtime.plan import STATIC_BLOCK_TOKENS, RunPlan
-from runtime.reference.adaptive import activate
-from runtime.reference.run import AdaptiveCache
 
-from .correctness import check, peft_missing, peft_model, random_tokens
+from .correctness import random_tokens
+from .ladders import MIX, RANK, random_ladder
+from .peers import graphed, measure, ms_per_step, release
 from .printing import (
-    copy_bandwidth,
     default_device,
     device_name,
     device_slug,
@@ -55,194 +53,174 @@ from .printing import (
     header,
     parse,
     print_table,
+    read_bandwidth,
     result_path,
     spread,
-    synchronise,
-)
-from .shapes import SHAPES, build_model, kv_token_bytes, lora_bytes, weight_bytes, write_adapter
+)  # fmt: skip
+from .shapes import SHAPES, build_model, kv_token_bytes, weight_bytes, write_adapter
 
-RANK = 64
-PEFT = "PEFT eager, r=64 unmerged"
-PEFT_IN_BLOCKS = f"PEFT eager, prompt in forwards of {Settings().block_tokens}"
-AGAINST_PEFT = {
-    "prefill, static rung": ("prefill_ms", "reference, rung 64, full KV", PEFT),
-    "prefill, deciding in blocks": ("prefill_ms", "reference, deciding, full KV", PEFT_IN_BLOCKS),
-    "decode, static rung": ("decode_ms_per_token", "reference, rung 64, full KV", PEFT),
-    "decode, deciding": ("decode_ms_per_token", "reference, deciding, full KV", PEFT),
-}
-"""What is held against PEFT: (which time, of which path, over that of which of PEFT's)."""
-SECONDS = 300.0
-"""No further round starts after this long; the number of runs is in the record."""
-
-Generate = Callable[[BaseStreamer, int], Any]
-"""(clock, new tokens) -> the KV cache that was filled."""
+STEPS = 64
+"""Tokens that a row's log holds."""
+TOP = RANK
 
 
-class Clock(BaseStreamer):
-    """Remembers when transformers hands over the prompt and every new token (a hand-over waits for the device)."""
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    batch: int
+    context: int
+    rungs: tuple[int, ...] = ()
+    """Equivalent ranks that rows take in turn; none: no adapter."""
+    controller: bool = False
+    """Signals and policy at every step, the rungs from a trace."""
 
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def prefill_ms(self) -> float:
-        """From the hand-over of the prompt to the first new token."""
-        return 1000 * (self.times[1] - self.times[0])
-
-    def decode_ms(self) -> float:
-        """Mean milliseconds per token after the first new one."""
-        return 1000 * (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+    @property
+    def name(self) -> str:
+        if not self.rungs:
+            return "no adapter"
+        which = "exact" if self.rungs == (TOP,) else f"rung {', '.join(map(str, self.rungs))}"
+        return f"{min(self.batch, 32)} adapters, {which}{', deciding' if self.controller else ''}"
 
 
-def fixed_plan(ladder: Ladder, rung: int, kv: KVSettings = FULL_KV) -> RunPlan:
-    """One rung for all tokens. Compressed pages settle block by block, so they need small blocks."""
-    index = ladder.rung_index(rung)
-    settings = Settings(block_tokens=STATIC_BLOCK_TOKENS, fade_tokens=1, kv=kv)
-    if not kv.is_full:
-        settings = replace(settings, block_tokens=Settings().block_tokens)
-    return RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(index), index, kv))
+def cases(context: int, batch_context: int) -> Iterator[Case]:
+    """Alone and in a batch: nothing, exact, with the controller, and lower rungs, alike and mixed."""
+    for batch, tokens in ((1, context), (32, batch_context)):
+        yield Case(batch, tokens)
+        yield Case(batch, tokens, (TOP,))
+        yield Case(batch, tokens, (TOP,), controller=True)
+        for rung in (16, 8, 4):
+            yield Case(batch, tokens, (rung,))
+    yield Case(32, batch_context, (12, 16, 24), controller=True)
+    yield Case(32, batch_context, (6, 8, 12), controller=True)
 
 
-def deciding_plan(ladder: Ladder, kv: KVSettings = FULL_KV) -> RunPlan:
-    """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, a budget, KV pages."""
-    settings = Settings(kv=kv)
-    start = ladder.rung_index(RANK // 2)
-    operating = Operating.at(float(start), start, kv, budget=0.5)
-    return RunPlan((ladder,), PercentilePolicy(ladder.rungs, "complexity"), settings, operating)
+def gate(device: torch.device) -> str:
+    """The engine's tokens are the reference path's, on a tiny model in float32. Raises ValueError otherwise."""
+    model = build_model("tiny", torch.float32, device)
+    with tempfile.TemporaryDirectory() as folder:
+        ladder = build_ladder(load_adapter(write_adapter(model, 8, Path(folder))))
+    for rows in (1, 3):
+        prompt = random_tokens(model, rows, 40)
+        for rung in (8, 2):
+            ours, theirs = (
+                generate(model, ladder, prompt, rung=rung, max_new_tokens=24, do_sample=False, fast=fast).sequences
+                for fast in (True, False)
+            )
+            if not torch.equal(ours, theirs):
+                raise ValueError(
+                    f"gate: expected the reference path's tokens at rung {rung}, got others; mend that first"
+                )
+    return "tokens equal the reference path's in float32"
 
 
-@contextmanager
-def ours(model: PreTrainedModel, plan: RunPlan, prompt: Tensor) -> Iterator[Generate]:
-    """The reference path under `plan`."""
-    with activate(model, plan) as run:
+class Bench:
+    """A model with its adapters and pages, on which cases are timed."""
 
-        def generate(clock: BaseStreamer, new_tokens: int) -> Any:
-            _generate(model, prompt, clock, new_tokens)
-            return run.last
+    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, adapters: int) -> None:
+        self.hf = build_model(shape, dtype, device)
+        self.model: Model = model_of(self.hf, self.hf.config.max_position_embeddings)
+        modules = self.model.modules()
+        self.ladder: Ladder = random_ladder(modules, dtype, device)
+        one = needed_bytes([self.ladder], modules, RANK, dtype)
+        self.store = AdapterStore(
+            modules, slots=adapters, capacity_bytes=adapters * one, rungs=len(MIX), directions=RANK, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+        for _ in range(adapters):  # the same content, but memory of its own
+            self.store.load(self.ladder)
+        self.ladders = Ladders.of(adapters, self.model.shape.vocabulary, len(MIX), device)
 
-        yield generate
-
-
-@contextmanager
-def plain(model: PreTrainedModel, prompt: Tensor) -> Iterator[Generate]:
-    """Transformers' eager loop, no adapter."""
-    yield lambda clock, new_tokens: _with_dynamic_cache(model, prompt, clock, new_tokens)
-
-
-@contextmanager
-def peft(model: PreTrainedModel, prompt: Tensor, folder: Path, block: int | None = None) -> Iterator[Generate]:
-    """PEFT's eager loop, adapter not merged; the prompt in one forward, or in forwards of `block` tokens."""
-    with peft_model(model, folder) as wrapped:
-        yield lambda clock, new_tokens: _with_dynamic_cache(
-            wrapped, prompt, clock, new_tokens, prefill_chunk_size=block
-        )
-
-
-def _with_dynamic_cache(
-    model: Any, prompt: Tensor, clock: BaseStreamer, new_tokens: int, **options: Any
-) -> DynamicCache:
-    cache = DynamicCache()
-    _generate(model, prompt, clock, new_tokens, past_key_values=cache, **options)
-    return cache
-
-
-def _generate(model: Any, prompt: Tensor, clock: BaseStreamer, new_tokens: int, **options: Any) -> None:
-    model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        streamer=clock,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        **options,
-    )
-
-
-def one_run(path: AbstractContextManager[Generate], new_tokens: int, device: torch.device) -> dict[str, Any]:
-    """Set a path up, warm it, and time one run of `new_tokens` tokens."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    with path as generate:
-        generate(Clock(), min(8, new_tokens))
-        synchronise(device)
+    def time(self, case: Case, repeats: int) -> dict[str, Any]:
+        """The case's record: milliseconds a step, bytes, peak memory."""
+        device = self.model.device
+        release(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        clock = Clock()
-        cache = generate(clock, new_tokens)
+        decoder = self._decoder(case)
+        steps = 8 if case.batch == 1 else 4
+
+        def run() -> float:
+            decoder.buffers.lengths.fill_(case.context)
+            decoder.generated.count.zero_()
+            return ms_per_step(decoder.run, steps, device)
+
+        run()
+        times = [run() for _ in range(repeats)]
+        if not bool(decoder.buffers.logits.isfinite().all()):
+            raise ValueError(f"{case.name}: expected finite logits, got others; the figures mean nothing")
+        adapter_bytes = round(case.batch * sum(map(self._rung_bytes, case.rungs)) / max(len(case.rungs), 1))
         return {
-            "decode_ms_per_token": clock.decode_ms(),
-            "prefill_ms": clock.prefill_ms(),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            **kv_report(cache),
-        }
+            "shape": None, "batch": case.batch, "adapters": min(case.batch, 32) if case.rungs else 0,
+            "context": case.context, "rung": list(case.rungs), "kv": "bf16", "controller": case.controller,
+            "ms_per_step": spread(times), "adapter_bytes": adapter_bytes,
+            "bytes": weight_bytes(self.hf) + adapter_bytes + case.batch * case.context * kv_token_bytes(self.hf),
+            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        }  # fmt: skip
+
+    def _rung_bytes(self, rung: int) -> int:
+        return int(self.ladder.rung_bytes()[list(MIX).index(rung)])
+
+    def _decoder(self, case: Case) -> Decoder:
+        device, rows = self.model.device, case.batch
+        pages = pages_for(case.context + STEPS)
+        settings = Settings(kv=FULL_KV)
+        policy: Any = LearnedPolicy(tuple(MIX)) if case.controller else FixedPolicy(tuple(MIX))
+        policy = policy.to(device)
+        taken = case.rungs or (TOP,)
+        rungs = torch.tensor([list(MIX).index(taken[row % len(taken)]) for row in range(rows)])
+        trace = _trace(case).to(device) if case.controller else None
+        store, ladders = (self.store, self.ladders) if case.rungs else (None, None)
+        decoder = Decoder(
+            self.model, Pool.of(self.model, rows * pages), store, ladders, policy, settings,
+            Bucket(rows, pages, STEPS, 1, case.controller), trace=trace,
+        )  # fmt: skip
+        decoder.buffers.table.copy_(torch.arange(rows * pages, dtype=torch.int32).view(rows, pages))
+        if decoder.controller is not None:
+            cost = (self.ladder.rung_bytes() / self.ladder.rung_bytes()[-1]).expand(rows, -1)
+            knob = 0.0 if case.controller else rungs.float()
+            operating = Operating.at(knob, rungs)
+            stream = Stream(settings, policy, operating, Offer.of(cost), device)
+            slots = torch.arange(rows, dtype=torch.int32, device=device) % len(self.store.ladders)
+            decoder.controller.load(torch.arange(rows, device=device), stream, slots)
+        decoder.generated.ended.zero_()
+        return decoder
 
 
-def measure(
-    paths: dict[str, Callable[[], AbstractContextManager[Generate]]],
-    rounds: int,
-    new_tokens: int,
-    device: torch.device,
-) -> dict[str, dict[str, Any]]:
-    """Time every path once per round: times over all rounds, bytes and ranks (the same in every round) of the last."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
-    started = time.perf_counter()
-    for done in range(rounds):
-        if done and time.perf_counter() - started > SECONDS:
-            break
-        for name, path in paths.items():
-            runs[name].append(one_run(path(), new_tokens, device))
-            print(f"  round {done + 1}, {name}: {runs[name][-1]['decode_ms_per_token']:.2f} ms/token", flush=True)
-    return {
-        name: own[-1] | {timed: spread([run[timed] for run in own]) for timed in ("decode_ms_per_token", "prefill_ms")}
-        for name, own in runs.items()
-    }
+def _trace(case: Case) -> Tensor:
+    """[B, N] int16: every row goes through the case's rungs in turn, each from its own."""
+    order = torch.tensor([list(MIX).index(rung) for rung in case.rungs])
+    start = torch.arange(case.batch)[:, None] + torch.arange(STEPS)
+    return order[start % len(order)].to(torch.int16)
 
 
-def kv_report(cache: Any) -> dict[str, Any]:
-    """Bytes a filled cache holds and, for paged ones, the mean rank and the pages of every format."""
-    if not isinstance(cache, AdaptiveCache):
-        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-        return {"kv_bytes": held, "kv_bytes_full": held, "kv_bytes_allocated": held}
-    # Every module of these ladders has the rung's own rank, so no weighting by bytes is needed.
-    ranks = torch.tensor([float(rung) for rung in cache.stream.policy.rungs])
-    names = Counter(FORMATS[code] for code in cache.page_formats().flatten().tolist())
-    return {
-        "kv_bytes": cache.kv_bytes(),
-        "kv_bytes_full": cache.kv_bytes_full(),
-        "kv_bytes_allocated": cache.kv_bytes_allocated(),
-        "pages": {name: count for name, count in sorted(names.items()) if name != "none"},
-        "mean_rank": mean_rank(cache.stream.sums.counts[:, RESPONSE].cpu(), ranks),
-    }
-
-
-def floor(model: PreTrainedModel, batch: int, context: float, rung: int, bandwidth: float) -> dict[str, Any]:
-    """Bytes that decoding one token for every row must read, and how long that takes at `bandwidth`."""
-    parts = {
-        "weight_bytes": weight_bytes(model),
-        "lora_bytes": lora_bytes(model, rung),
-        "kv_bytes": round(batch * context * kv_token_bytes(model)),
-    }
-    return parts | {"ms_per_token": 1000 * sum(parts.values()) / bandwidth}
+def peer_records(bench: Bench, case_list: list[Case], repeats: int) -> dict[str, Any]:
+    """What a plain-PyTorch CUDA graph takes for the cases without and with the exact adapter."""
+    found = {}
+    for case in case_list:
+        if case.controller or case.rungs not in ((), (TOP,)):
+            continue
+        rank = TOP if case.rungs else None
+        name = f"{case.batch} rows, context {case.context}, {'no adapter' if rank is None else f'r={TOP} each'}"
+        found[name] = measure(graphed(bench.hf, case.batch, case.context, rank), 8, repeats, bench.model.device)
+        print(f"  peer {name}: {found[name]['ms_per_step']['median']:.3f} ms", flush=True)
+    return found
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Decode speed, reference path.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Decode speed of the engine.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-7b")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds: runs of each path, each after a warm-up")
+    parser.add_argument("--context", type=int, default=512, help="of the single row")
+    parser.add_argument("--batch-context", type=int, default=2048, help="of 32 rows")
+    parser.add_argument("--adapters", type=int, default=32, help="resident")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="time plain PyTorch in a CUDA graph too")
     parser.add_argument("--output", help="JSON file (default: benchmarks/results/decode-SHAPE-DEVICE.json)")
-    parser.add_argument("--skip-peft", action="store_true", help="leave PEFT out, also of the gate")
-    limits = {"batch": Whole(1, 2**16), "prompt-tokens": Whole(1, MOST_TOKENS), "repeats": Whole(1, 10**6)}
-    # The first new token comes with the prompt: what is timed begins with the second.
-    return parse(parser, limits | {"new-tokens": Whole(2, MOST_TOKENS)})
+    tokens = Whole(32, 10**6)
+    return parse(
+        parser,
+        {"context": tokens, "batch-context": tokens, "adapters": Whole(1, 4096), "repeats": Whole(1, 10**4)},
+    )
 
 
 def main() -> None:
@@ -253,71 +231,45 @@ def main() -> None:
 def benchmark(args: argparse.Namespace) -> None:
     device = default_device()
     path = result_path(args.output, f"decode-{args.shape}-{device_slug(device)}")
-    missing = "left out by --skip-peft" if args.skip_peft else peft_missing()
-    bandwidth = copy_bandwidth(device)
-    model = build_model(args.shape, getattr(torch, args.dtype), device)
-    context = args.prompt_tokens + args.new_tokens / 2
-    floors = {rung: floor(model, args.batch, context, rung, bandwidth) for rung in (RANK, 16, 8, 0)}
-    print(f"{args.shape}, {args.dtype}, random weights, LoRA r={RANK} on all seven linears, {device_name(device)}")
-    print(f"batch {args.batch}, prompt {args.prompt_tokens}, {args.new_tokens} new tokens")
-    print(f"limit: {bandwidth / 1e12:.3f} TB/s (device copy, read + written)")
-    for rung, f in floors.items():
-        parts = " + ".join(f"{f[name] / 1e9:.3f}" for name in ("weight_bytes", "lora_bytes", "kv_bytes"))
-        print(f"  rung {rung:2d}: {parts} GB (weights + LoRA + KV) = {f['ms_per_token']:.3f} ms/token", flush=True)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = write_adapter(model, RANK, Path(temporary))
-        ladder = build_ladder(load_adapter(folder))
-        gate = check(model, fixed_plan(ladder, RANK), folder, device, missing)
-        prompt = random_tokens(model, args.batch, args.prompt_tokens)
-        fixed = {rung: fixed_plan(ladder, rung) for rung in (RANK, 16, 8)}
-        compressed = fixed_plan(ladder, RANK, KVSettings())
-        paths: dict[str, Callable[[], AbstractContextManager[Generate]]] = {
-            "transformers eager, no adapter": lambda: plain(model, prompt),
-            "reference, rung 64, full KV": lambda: ours(model, fixed[RANK], prompt),
-            "reference, rung 16, full KV": lambda: ours(model, fixed[16], prompt),
-            "reference, rung 8, full KV": lambda: ours(model, fixed[8], prompt),
-            "reference, rung 64, adaptive KV": lambda: ours(model, compressed, prompt),
-            "reference, deciding, full KV": lambda: ours(model, deciding_plan(ladder), prompt),
-            "reference, deciding, adaptive KV": lambda: ours(model, deciding_plan(ladder, KVSettings()), prompt),
-        }
-        if missing is None:
-            paths[PEFT] = lambda: peft(model, prompt, folder)
-            paths[PEFT_IN_BLOCKS] = lambda: peft(model, prompt, folder, Settings().block_tokens)
-        else:
-            print(f"PEFT is not measured: {missing}")
-        results = measure(paths, args.repeats, args.new_tokens, device)
-
-    columns = ("path", "ms/token", "range", "runs", "x floor", "prefill ms", "peak GB", "KV MB")
-    print_table(columns, rows(results, floors))
-    ratios = {}
-    if missing is None:
-        for name, (timed, mine, theirs) in AGAINST_PEFT.items():
-            ratios[name] = results[mine][timed]["median"] / results[theirs][timed]["median"]
-            print(f"{name}: {ratios[name]:.2f} x {theirs}")
-    record = header("decode", device) | {
-        "shape": args.shape, "dtype": args.dtype, "batch": args.batch, "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens, "lora_rank": RANK, "copy_bytes_per_second": bandwidth,
-        "floor": {str(rung): f for rung, f in floors.items()}, "gate": gate, "peft_missing": missing, "paths": results,
-        "against_peft": ratios,
-    }  # fmt: skip
-    finish(record, path)
-
-
-def rows(results: dict[str, Any], floors: dict[int, dict[str, Any]]) -> list[list[str]]:
-    """The table's rows; every path is held against the floor of the rank it reads (the top one where it varies)."""
-    table = []
-    for name, result in results.items():
-        rung = next((r for r in (16, 8) if f"rung {r}," in name), 0 if "no adapter" in name else RANK)
-        ms, peak = result["decode_ms_per_token"], result["peak_memory_bytes"]
-        table.append(
+    passed = gate(device)
+    bandwidth = read_bandwidth(device)
+    print(f"{args.shape}, bfloat16, random weights, {device_name(device)}; gate: {passed}")
+    print(f"limit: {bandwidth / 1e12:.3f} TB/s (read)", flush=True)
+    bench = Bench(args.shape, torch.bfloat16, device, args.adapters)
+    records, rows = [], []
+    chosen = list(cases(args.context, args.batch_context))
+    for case in chosen:
+        record = bench.time(case, args.repeats) | {"shape": args.shape}
+        floor = 1000 * record["bytes"] / bandwidth
+        record |= {"floor_ms": floor, "kv_share": 1.0, "peer": None}
+        records.append(record)
+        ms = record["ms_per_step"]
+        rows.append(
             [
-                name, f"{ms['median']:.2f}", f"{ms['min']:.2f} - {ms['max']:.2f}", str(ms["runs"]),
-                f"{ms['median'] / floors[rung]['ms_per_token']:.1f}", f"{result['prefill_ms']['median']:.0f}",
-                "-" if peak is None else f"{peak / 1e9:.2f}", f"{result['kv_bytes'] / 1e6:.2f}",
+                f"{case.batch} x {case.context}, {case.name}", f"{ms['median']:.3f}",
+                f"{ms['min']:.3f} - {ms['max']:.3f}", f"{floor:.3f}", f"{ms['median'] / floor:.2f}",
+                f"{(record['peak_bytes'] or 0) / 1e9:.1f}",
             ]
         )  # fmt: skip
-    return table
+        print("  " + "  ".join(rows[-1]), flush=True)
+    peers = peer_records(bench, chosen, args.repeats) if args.peers else {}
+    print_table(("case", "ms/step", "range", "floor", "x floor", "peak GB"), rows)
+    finish(
+        header("decode", device)
+        | {"shape": args.shape, "read_tb_s": bandwidth / 1e12, "gate": passed, "cases": records, "peers": peers,
+           "commit": commit()},
+        path,
+    )  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit that is checked out, where there is one, and whether anything was changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return (head + ("+changes" if git("status", "--porcelain") else "")) or None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 __all__ = [
     "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse", "print_table",
-    "result_path", "seconds", "spread", "synchronise", "versions", "write",
+    "read_bandwidth", "result_path", "seconds", "spread", "synchronise", "versions", "write",
 ]  # fmt: skip
 
 
@@ -113,6 +113,14 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(12)][2:]
     return 2 * size / statistics.median(times)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading device memory: a maximum over random numbers, median of ten after two warm-ups."""
+    size = 2**32 if device.type == "cuda" else 2**28
+    source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
+    times = [seconds(lambda: source.amax(), device) for _ in range(12)][2:]
+    return size / statistics.median(times)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = {
-    "controller": "load_model", "decode": "copy_bandwidth", "kv": "load_model", "ladder": "random_factors",
-    "memory": "LlamaConfig",
+    "controller": "load_model", "decode": "gate", "kv": "load_model", "ladder": "random_factors",
+    "memory": "LlamaConfig", "reference": "copy_bandwidth",
 }  # fmt: skip
 """What each one calls first when it gets to work."""
 
@@ -108,9 +108,11 @@ BAD_FLAGS = [
     ("ladder", "--rank", "65", "--size", "64"),
     *[("ladder", "--size", value) for value in ("0", str(10**12))],
     *[("ladder", "--repeats", value) for value in ("0", "-3")],
-    *[("decode", flag, "0") for flag in ("--batch", "--prompt-tokens", "--new-tokens", "--repeats")],
-    ("decode", "--new-tokens", "1"),
-    ("decode", "--batch", str(10**12)),
+    *[("decode", flag, "0") for flag in ("--context", "--batch-context", "--adapters", "--repeats")],
+    ("decode", "--adapters", str(10**12)),
+    *[("reference", flag, "0") for flag in ("--batch", "--prompt-tokens", "--new-tokens", "--repeats")],
+    ("reference", "--new-tokens", "1"),
+    ("reference", "--batch", str(10**12)),
     *[("memory", "--tokens", value) for value in ("0", "-1", "63", str(10**13))],
     *[("kv", flag, value) for flag in ("--window", "--max-tokens") for value in ("0", "-1", "15", str(10**13))],
     ("kv", "--text", "/nowhere.txt"),
