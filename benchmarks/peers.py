@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from .correctness import peft_model, random_tokens
 from .graphed import GraphedPeer, random_adapters
 from .printing import spread, synchronise
+from .reference import Clock
 
 Run = Callable[[int], float]
 """Number of decode steps of all rows -> mean milliseconds of one."""
@@ -103,7 +102,7 @@ def generating(model: Any, batch: int, context: int, *, static: bool) -> Iterato
             input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, streamer=clock,
             max_new_tokens=steps + 1, do_sample=False, eos_token_id=None,
         )  # fmt: skip
-        return clock.ms_per_step()
+        return clock.decode_ms()
 
     try:
         yield run
@@ -118,23 +117,6 @@ def peft_generating(model: PreTrainedModel, folder: Path, batch: int, context: i
     """`generating` with PEFT's adapter from `folder` on all rows, not merged."""
     with peft_model(model, folder) as wrapped, generating(wrapped, batch, context, static=static) as run:
         yield run
-
-
-class Clock(BaseStreamer):
-    """Remembers when `generate` hands over the prompt and every new token (a hand-over waits for the device)."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def ms_per_step(self) -> float:
-        """Mean milliseconds per token after the first new one."""
-        return 1000 * (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
 def filled_cache(model: Any, batch: int, context: int, *, static: bool) -> Cache:

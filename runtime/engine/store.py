@@ -182,7 +182,7 @@ def _formats(ladder: Ladder, bank: int) -> dict[str, list[tuple[int, int]]]:
     """By module and format the directions, first and stop, that any resident rung of the bank reads at that format.
 
     A direction that rungs read at different bits is there in each of them: the nested planes of a saved ladder are
-    smaller, and cost a kernel twice the instructions.
+    smaller, and cost a kernel more instructions (docs/log.md).
     """
     rungs = [j for j in range(ladder.highest + 1) if ladder.bank_of[j] == bank]
     stops = ladder.edges[rungs].cpu()

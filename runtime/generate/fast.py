@@ -149,7 +149,7 @@ class FastPath:
 
     def _decode(self, decoder: Decoder, rows: int, options: Options) -> Tensor:
         """New tokens [B, columns] of all rows: up to where the last of them ended."""
-        generated, seen = decoder.generated, Lookback(decoder, rows, options.streamer)
+        generated, seen = decoder.generated, Lookback(decoder, rows, options.new_tokens, options.streamer)
         seen.note()
         for _ in range(options.new_tokens - 1):
             decoder.run()

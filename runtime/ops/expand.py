@@ -201,7 +201,7 @@ def arguments(update: Shrink | None, like: Tensor) -> tuple[tuple[Any, ...], dic
 
 @dataclass(frozen=True)
 class Cut:
-    """How the work of a kernel that expands is cut; measured, not derived (`benchmarks.kernels`)."""
+    """How the work of a kernel that expands is cut; measured, not derived (docs/log.md)."""
 
     blocks: int
     """Blocks of columns per program."""

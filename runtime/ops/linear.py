@@ -25,7 +25,7 @@ from .norm import Norm, rstd_of
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut; measured, not derived (`benchmarks.kernels`)."""
+    """How the work is cut; measured, not derived (docs/log.md)."""
 
     outputs: int
     """Rows of a weight per program."""

@@ -22,30 +22,9 @@ from runtime.generate.options import Options
 from runtime.kv.formats import FULL
 from runtime.plan import plan_run
 from runtime.reference.adaptive import activate
-from tests.engine import tiny
 from tests.engine.tiny import BUDGETS, GREEDY, prompts
 
 GARBAGE = 2**40 + 3
-
-
-@pytest.fixture(scope="module")
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="module")
-def llama(device):
-    return tiny.model(device=device)
-
-
-@pytest.fixture(scope="module")
-def ladders(llama):
-    return tiny.ladder(llama), tiny.ladder(llama, 1)
-
-
-@pytest.fixture(scope="module")
-def learned(llama, ladders):
-    return tiny.checkpoint(llama, ladders[0])
 
 
 @pytest.fixture(autouse=True)

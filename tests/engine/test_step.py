@@ -156,11 +156,6 @@ class Batch:
             torch.testing.assert_close(b.distant[0, row].cpu(), wanted.float(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.mark.parametrize(
     ("name", "prompts", "dtype"),
     [

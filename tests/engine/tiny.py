@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from policy import Fingerprints, KnobCurve, LearnedPolicy, PolicyCheckpoint, Settings, SignalSettings
 from runtime import Ladder
 from runtime.engine.model import model_of
 from runtime.fingerprint import model_fingerprint
 from tests.ops.ladders import random_adapter
-from tests.runtime.reference import handmade_ladder
+from tests.runtime.reference import handmade_ladder, seeded_model
 
 VOCABULARY = 40
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -30,9 +30,7 @@ def model(kind: str = "llama", layers: int = 1, device: torch.device | None = No
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=128, initializer_range=0.4,
         bos_token_id=1, eos_token_id=None, pad_token_id=0, **options,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(config).eval()
+    made = seeded_model(config)
     with torch.no_grad():
         made.lm_head.weight[0] = 0
     return made.to(device or "cpu")

@@ -12,7 +12,7 @@ from runtime import build_ladder, load_adapter
 from runtime.control.record import Keep
 from runtime.ladder import Directions, Ladder
 from runtime.ladder.formats import BITS, encode, wide_rows
-from runtime.ops.reference import direction_gate
+from runtime.ops.reference.lora import direction_gate
 from runtime.reference import gate as gate_module
 from runtime.reference.adaptive import activate
 from runtime.reference.gate import KEPT_LAYOUTS, AdaptedLinear, Gate

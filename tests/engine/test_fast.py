@@ -23,26 +23,6 @@ FAST = {"fast": True, "max_new_tokens": 1}
 """A generation of which the engine chooses one token and decodes none."""
 
 
-@pytest.fixture(scope="module")
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="module")
-def llama(device):
-    return tiny.model(device=device)
-
-
-@pytest.fixture(scope="module")
-def ladders(llama):
-    return tiny.ladder(llama), tiny.ladder(llama, 1)
-
-
-@pytest.fixture(scope="module")
-def learned(llama, ladders):
-    return tiny.checkpoint(llama, ladders[0])
-
-
 @pytest.fixture(autouse=True)
 def made(monkeypatch):
     """Every decoder that is made; of kernels fewer programs, each with more to do, as interpreted programs are slow."""
@@ -272,7 +252,8 @@ def test_runs_that_are_not_covered_are_refused_with_the_reason(llama, ladders, l
     assert completed(half, ladders[0], prompts(4), max_new_tokens=1).path.startswith("reference: ")
 
 
-def test_another_family_is_refused_and_served(tiny_gpt2, gpt2_adapter, device):
+def test_another_family_is_refused_and_served(tiny_gpt2, tiny_gpt2_factory, make_peft_adapter, tmp_path, device):
+    gpt2_adapter = make_peft_adapter(tiny_gpt2_factory, tmp_path)
     tiny_gpt2.to(device)
     assert_refused(tiny_gpt2, gpt2_adapter, "the model is gpt2, not one of llama, mistral, qwen2, qwen3")
     path = completed(tiny_gpt2, gpt2_adapter, prompts(4), max_new_tokens=1).path
