@@ -231,6 +231,8 @@ def main() -> None:
 def benchmark(args: argparse.Namespace) -> None:
     device = default_device()
     path = result_path(args.output, f"decode-{args.shape}-{device_slug(device)}")
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
     passed = gate(device)
     bandwidth = read_bandwidth(device)
     print(f"{args.shape}, bfloat16, random weights, {device_name(device)}; gate: {passed}")
