@@ -12,7 +12,6 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
-from ..ops.alone import residual_programs
 from ..ops.attention import AttentionScratch
 from ..ops.norm import Norm
 from ..ops.residual import squares_of
@@ -60,8 +59,8 @@ class Buffers:
     """[B, D] in the model's dtype: residual times the next norm's weight"""
     squares: Tensor
     """[B, blocks] float32: sums of squares of the residual"""
-    counts: Tensor
-    """[sites] int32: how many directions of a launch are done, where a launch waits for them itself"""
+    ready: Tensor
+    """[modules] int32: the latest site whose input is there (`ops.shrink`)"""
     y: Tensor
     """[B * widest] float32: what a linear puts out"""
     u: Tensor
@@ -85,10 +84,6 @@ class Buffers:
         attended = s.heads * s.head_dim
         widest = max(attended + 2 * s.kv_heads * s.head_dim, 2 * s.inner, s.hidden)
 
-        blocks = (
-            residual_programs(s.hidden, device) if rows == 1 else squares_of(rows, s.hidden, block_columns(s.hidden))
-        )
-
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -100,8 +95,8 @@ class Buffers:
             table=zeros(rows, pages, dtype=torch.int32),
             r=zeros(rows, s.hidden),
             normed=zeros(rows, s.hidden, dtype=dtype),
-            squares=zeros(rows, blocks),
-            counts=zeros(len(MEMBERS) * s.layers, dtype=torch.int32),
+            squares=zeros(rows, squares_of(rows, s.hidden, block_columns(s.hidden))),
+            ready=zeros(len(MEMBERS) * s.layers, dtype=torch.int32),
             y=zeros(rows * widest),
             u=zeros(rows * 3 * directions),
             query=zeros(rows, s.heads, s.head_dim, dtype=dtype),
@@ -112,13 +107,8 @@ class Buffers:
             distant=zeros(max(probes, 1), rows, s.heads),
         )  # fmt: skip
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is one row, which takes fewer launches."""
-        return len(self.tokens) == 1
-
     def norm(self, eps: float) -> Norm:
-        return Norm(self.squares, eps)
+        return Norm(self.squares, eps, self.r.shape[1])
 
     def outputs(self, width: int) -> Tensor:
         """[B, width] of y."""

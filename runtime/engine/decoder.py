@@ -22,7 +22,6 @@ from ..control.stream import Stream
 from ..ops.reference.sampling import Generated, Sampling, SamplingRows
 from ..ops.resolve import reads_for
 from ..ops.sampling import SamplingScratch, sample
-from .branch import Branch
 from .buffers import Buffers, Pool
 from .control import Controller, Ladders
 from .graph import Graph
@@ -104,9 +103,7 @@ class Decoder:
         self._scratch = SamplingScratch.of(rows, model.shape.vocabulary, device)
         reads = None if store is None else reads_for(rows, len(store.modules), store.arena, model.dtype)
         tables = None if store is None else store.tables
-        self._forward = Forward(
-            model, tables, reads, pool, self.buffers, splits, probes, signals.recent_pages, Branch(device)
-        )  # fmt: skip
+        self._forward = Forward(model, tables, reads, pool, self.buffers, splits, probes, signals.recent_pages)
         self._graph = Graph(self.step, device)
         self.clear()
 

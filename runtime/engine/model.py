@@ -27,6 +27,7 @@ MEMBERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 """The linears of a layer, in the order in which modules are numbered."""
 QKV, OUT, GATE_UP, DOWN = 0, 3, 4, 6
 """The first member of each group of linears that share their input."""
+SITES = (QKV, OUT, GATE_UP, DOWN)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
-from .launch import dependent, dot, release, wait
+from .launch import dependent, dot, fetch, release, wait
 
 _PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
 # The maximum over no scores. Finite: the difference of two of them is 0, not NaN.
@@ -43,14 +43,17 @@ class Tiles:
     stages: int
     """Of Triton's pipeline: with 3, and 5 where tensor cores multiply, two steps are on their way to shared memory, as
     their page numbers must be there before them; with 1 a step is read into registers when it is due."""
+    ahead: int = 8
+    """Pages that are fetched into the L2 cache while the kernel before still runs"""
 
     @classmethod
-    def of(cls, group: int, channels: int, dtype: torch.dtype) -> Tiles:
+    def of(cls, group: int, channels: int, dtype: torch.dtype, splits: int) -> Tiles:
         """Steps of 8 KiB of keys, or 16 where several heads share what is read: so four and three programs fit on a
-        multiprocessor of an H100, with 128 KiB or more under way. Read off the compiled kernels, not measured."""
+        multiprocessor of an H100, with 128 KiB or more under way. Read off the compiled kernels. Of short shares two
+        warps are faster than four (measured, one row of 512 tokens)."""
         row_bytes = triton.next_power_of_2(channels) * dtype.itemsize
         step_bytes, stages = (2**13, 3) if group == 1 else (2**14, 5)
-        return cls(min(128, max(PAGE_TOKENS, step_bytes // row_bytes)), warps=4, stages=stages)
+        return cls(min(128, max(PAGE_TOKENS, step_bytes // row_bytes)), 2 if splits > 1 and group == 1 else 4, stages)
 
 
 @dataclass(frozen=True)
@@ -190,24 +193,48 @@ def _merged(
 
 
 @triton.jit
+def _share(length, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr):
+    """Of a row of `length` tokens: the first that it sees, its pages, those of a share, and the first page of one."""
+    begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+    pages = tl.cdiv(length, _PAGE) - begin // _PAGE
+    share = tl.cdiv(pages, SPLITS)
+    return begin, pages, share, begin // _PAGE + split * share
+
+
+@triton.jit
+def _fetch_pages(
+    keys, values, table, lengths, row, head, split, HKV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Up to AHEAD pages of a share, while the newest token is still on its way to the last of them."""
+    length = tl.load(lengths + row)
+    _, _, share, first = _share(length, split, SPLITS, WINDOW)
+    for page in range(first, tl.minimum(first + tl.minimum(share, AHEAD), tl.cdiv(length, _PAGE))):
+        at = (tl.load(table + page).to(tl.int64) * HKV + head) * (_PAGE * D)
+        size: tl.constexpr = _PAGE * D * keys.dtype.element_ty.primitive_bitwidth // 8
+        fetch(keys + at, size, True)
+        fetch(values + at, size, True)
+
+
+@triton.jit
 def _decode_attention(
     query, keys, values, table, lengths, out, distant, partial_sums, partial_softmax, arrived, factor,
     MAXPAGES: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, DISTANT: tl.constexpr, RECENT: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
     row, head, split = tl.program_id(0) // HKV, tl.program_id(0) % HKV, tl.program_id(1)
     heads = row * (HKV * GROUP) + head * GROUP
+    if AHEAD > 0 and PDL:
+        _fetch_pages(keys, values, table + row * MAXPAGES, lengths, row, head, split, HKV, D, SPLITS, WINDOW, AHEAD)
     wait(PDL)
     length = tl.load(lengths + row)
-    begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
-    pages = tl.cdiv(length, _PAGE) - begin // _PAGE
-    share = tl.cdiv(pages, SPLITS)
+    begin, pages, share, first_page = _share(length, split, SPLITS, WINDOW)
     # Of a row that sees nothing the first program is at work too: it writes the zeros.
     live = tl.maximum(tl.cdiv(pages, tl.maximum(share, 1)), 1)
     if split < live:
-        first = (begin // _PAGE + split * share) * _PAGE
+        first = first_page * _PAGE
         end = tl.minimum(first + share * _PAGE, length)
         boundary = ((length - 1) // _PAGE + 1 - RECENT) * _PAGE
         query += heads * D
@@ -275,7 +302,7 @@ def decode_attention(
     rows, heads, channels = query.shape
     shared = keys.shape[1]
     group = heads // shared
-    tiles = tiles or Tiles.of(group, channels, query.dtype)
+    tiles = tiles or Tiles.of(group, channels, query.dtype, splits)
     partial: tuple[Tensor | None, ...] = (None, None, None)
     if splits > 1:
         assert scratch is not None, "shares need a place for what they leave"
@@ -285,5 +312,6 @@ def decode_attention(
         MAXPAGES=table.shape[1], HKV=shared, GROUP=group, D=channels,
         ROWS=1 if group == 1 else max(_DOT_SIDE, triton.next_power_of_2(group)),
         WIDTH=triton.next_power_of_2(channels), SPLITS=splits, WINDOW=window, DISTANT=distant is not None,
-        RECENT=recent_pages, TOKENS=tiles.tokens, STAGES=tiles.stages, num_warps=tiles.warps, **dependent(query.device),
+        RECENT=recent_pages, TOKENS=tiles.tokens, STAGES=tiles.stages, AHEAD=tiles.ahead,
+        num_warps=tiles.warps, **dependent(query.device),
     )  # fmt: skip

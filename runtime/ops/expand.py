@@ -1,10 +1,14 @@
-"""B'u: what a row's own adapter adds to a block of a linear's outputs. Part of the kernel that consumes them.
+"""rstd * (y + B'u) + bias: what a linear puts out, and a row's own adapter adds. Part of the kernel that consumes it.
 
-So no expand has a launch of its own: `residual`, `gated` and `rotary` call `expanded`. One program handles a row and a
-few blocks of columns, of each of which all directions lie in one stretch of the arena, the active ones first. The four
-quarters of a block are four vectors, which is how packed codes come (`packed`).
+So no expand has a launch of its own: `residual`, `gated` and `rotary` do it, each in the same four steps:
 
-Adapters are fetched before the kernel before has ended; u and y, which that one writes, after it.
+    tiles = fetched(...)      the first directions of every format, on their way before the kernel before has ended
+    wait
+    factors(...), settled(...)      u and y, which that kernel writes
+    added(...)                and whatever directions have not been fetched
+
+One program handles a row and a few blocks of columns, of each of which all directions lie in one stretch of the arena,
+the active ones first. The four quarters of a block are four vectors, which is how packed codes come (`packed`).
 
 Shape legend: B rows, R directions at most, K directions of a tile, L columns of one quarter of its blocks.
 """
@@ -18,183 +22,259 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import wait
-from .packed import ENDS, block_rows, eight_bits, four_bits, number, record_of, two_bits
+from .packed import ENDS, ROWS, block_rows, eight_bits, four_bits, number, two_bits
 from .shrink import Shrink
 
 _ENDS: tl.constexpr = tl.constexpr(ENDS)
+_ROWS: tl.constexpr = tl.constexpr(ROWS)
 
 
 @triton.jit
-def _wide(
-    a0, a1, a2, a3, u, rows, end16, QUARTER: tl.constexpr, K: tl.constexpr, real, PDL: tl.constexpr,
-):  # fmt: skip
-    """The four accumulators [K, L] and what 16-bit directions add to them; rows points [1, L] to the first one's."""
-    direction = tl.arange(0, K)
-    mask = (direction < end16)[:, None] & real
-    at = rows + direction[:, None] * (4 * QUARTER)
-    v0 = tl.load(at, mask=mask, other=0.0)
-    v1 = tl.load(at + QUARTER, mask=mask, other=0.0)
-    v2 = tl.load(at + 2 * QUARTER, mask=mask, other=0.0)
-    v3 = tl.load(at + 3 * QUARTER, mask=mask, other=0.0)
-    wait(PDL)
-    for start in range(0, end16, K):
-        factor = tl.load(u + start + direction, mask=start + direction < end16, other=0.0)[:, None]
-        a0 += factor * v0.to(tl.float32)
-        a1 += factor * v1.to(tl.float32)
-        a2 += factor * v2.to(tl.float32)
-        a3 += factor * v3.to(tl.float32)
-        mask = (start + K + direction < end16)[:, None] & real
-        at += K * (4 * QUARTER)
-        v0 = tl.load(at, mask=mask, other=0.0)
-        v1 = tl.load(at + QUARTER, mask=mask, other=0.0)
-        v2 = tl.load(at + 2 * QUARTER, mask=mask, other=0.0)
-        v3 = tl.load(at + 3 * QUARTER, mask=mask, other=0.0)
-    return a0, a1, a2, a3
+def _wide_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
+    """Four quarters [K, L] of 16-bit directions below `end`; base points to direction 0 and at [L] says where in it."""
+    mask = (direction < end)[:, None] & real[None, :]
+    place = base + (direction[:, None] * (4 * QUARTER) + at[None, :])
+    v0 = tl.load(place, mask=mask, other=0.0)
+    v1 = tl.load(place + QUARTER, mask=mask, other=0.0)
+    v2 = tl.load(place + 2 * QUARTER, mask=mask, other=0.0)
+    return v0, v1, v2, tl.load(place + 3 * QUARTER, mask=mask, other=0.0)
 
 
 @triton.jit
-def _four_bits(a0, a1, a2, a3, u, rows, levels, first, stop, QUARTER: tl.constexpr, K: tl.constexpr, real,
-               PDL: tl.constexpr):  # fmt: skip
-    """The same for directions `first` to `stop` at 4 bits."""
-    direction = first + tl.arange(0, K)
-    mask = (direction < stop)[:, None] & real
-    at = rows + direction[:, None] * (2 * QUARTER)
-    low = tl.load(at, mask=mask, other=0)
-    high = tl.load(at + QUARTER, mask=mask, other=0)
-    wait(PDL)
-    for _ in range(first, stop, K):
-        # A direction beyond the last one has no u, whatever its codes seem to be.
-        factor = tl.load(u + direction, mask=direction < stop, other=0.0)[:, None]
-        v0, v1, v2, v3 = four_bits(low.to(tl.int32), high.to(tl.int32), levels)
-        a0 += factor * v0
-        a1 += factor * v1
-        a2 += factor * v2
-        a3 += factor * v3
-        direction += K
-        at += K * (2 * QUARTER)
-        mask = (direction < stop)[:, None] & real
-        low = tl.load(at, mask=mask, other=0)
-        high = tl.load(at + QUARTER, mask=mask, other=0)
-    return a0, a1, a2, a3
+def _eight_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
+    """Their bytes at 8 bits."""
+    mask = (direction < end)[:, None] & real[None, :]
+    place = base + (direction[:, None] * (4 * QUARTER) + at[None, :])
+    b0 = tl.load(place, mask=mask, other=0)
+    b1 = tl.load(place + QUARTER, mask=mask, other=0)
+    b2 = tl.load(place + 2 * QUARTER, mask=mask, other=0)
+    return b0, b1, b2, tl.load(place + 3 * QUARTER, mask=mask, other=0)
 
 
 @triton.jit
-def _two_bits(a0, a1, a2, a3, u, rows, pairs, first, stop, QUARTER: tl.constexpr, K: tl.constexpr, real,
-              PDL: tl.constexpr):  # fmt: skip
-    """The same at 2 bits."""
-    direction = first + tl.arange(0, K)
-    at = rows + direction[:, None] * QUARTER
-    byte = tl.load(at, mask=(direction < stop)[:, None] & real, other=0)
-    wait(PDL)
-    for _ in range(first, stop, K):
-        factor = tl.load(u + direction, mask=direction < stop, other=0.0)[:, None]
-        v0, v1, v2, v3 = two_bits(byte.to(tl.int32), pairs)
-        a0 += factor * v0
-        a1 += factor * v1
-        a2 += factor * v2
-        a3 += factor * v3
-        direction += K
-        at += K * QUARTER
-        byte = tl.load(at, mask=(direction < stop)[:, None] & real, other=0)
-    return a0, a1, a2, a3
+def _four_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
+    """Bytes at 4 bits: of the first and third quarter, and of the second and last."""
+    mask = (direction < end)[:, None] & real[None, :]
+    place = base + (direction[:, None] * (2 * QUARTER) + at[None, :])
+    return tl.load(place, mask=mask, other=0), tl.load(place + QUARTER, mask=mask, other=0)
 
 
 @triton.jit
-def _eight_bits(a0, a1, a2, a3, u, rows, levels, first, stop, QUARTER: tl.constexpr, K: tl.constexpr, real,
-                PDL: tl.constexpr):  # fmt: skip
-    """The same at 8 bits, K of them at a time."""
-    wait(PDL)
-    for start in range(first, stop, K):
-        direction = start + tl.arange(0, K)
-        mask = (direction < stop)[:, None] & real
-        at = rows + direction[:, None] * (4 * QUARTER)
-        b0 = tl.load(at, mask=mask, other=0).to(tl.int32)
-        b1 = tl.load(at + QUARTER, mask=mask, other=0).to(tl.int32)
-        b2 = tl.load(at + 2 * QUARTER, mask=mask, other=0).to(tl.int32)
-        b3 = tl.load(at + 3 * QUARTER, mask=mask, other=0).to(tl.int32)
-        factor = tl.load(u + direction, mask=direction < stop, other=0.0)[:, None]
-        v0, v1, v2, v3 = eight_bits(b0, b1, b2, b3, levels)
-        a0 += factor * v0
-        a1 += factor * v1
-        a2 += factor * v2
-        a3 += factor * v3
-    return a0, a1, a2, a3
+def _two_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
+    """Bytes at 2 bits, of all quarters."""
+    mask = (direction < end)[:, None] & real[None, :]
+    return tl.load(base + (direction[:, None] * QUARTER + at[None, :]), mask=mask, other=0)
 
 
 @triton.jit
-def expanded(
-    y, u, records, arena, levels, pairs, row, module, first, width, KIND: tl.constexpr, QUARTER: tl.constexpr,
-    M: tl.constexpr, LORA: tl.constexpr, K: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """The four quarters [L] float32 of a few blocks of columns of y, with what the row's adapter adds to them.
+def _factor(u, direction, end):
+    """u [K] of directions below `end`; of others 0, whatever their codes seem to be."""
+    return tl.load(u + direction, mask=direction < end, other=0.0)
 
-    y points to the row's first column and u to its directions of module number `module`; the blocks, LANES / QUARTER of
-    them, begin with number `first`. Columns beyond `width` are 0. KIND is the model's dtype. Waits.
+
+@triton.jit
+def _sums(a0, a1, a2, a3, factor, v0, v1, v2, v3):
+    """The four accumulators and a tile of values by their factor."""
+    return a0 + factor[:, None] * v0, a1 + factor[:, None] * v1, a2 + factor[:, None] * v2, a3 + factor[:, None] * v3
+
+
+@triton.jit
+def _add_four(a0, a1, a2, a3, factor, low, high, levels, KIND: tl.constexpr):
+    v0, v1, v2, v3 = four_bits(low, high, levels, KIND)
+    return _sums(a0, a1, a2, a3, factor, v0, v1, v2, v3)
+
+
+@triton.jit
+def _add_two(a0, a1, a2, a3, factor, byte, pairs, KIND: tl.constexpr):
+    v0, v1, v2, v3 = two_bits(byte, pairs, KIND)
+    return _sums(a0, a1, a2, a3, factor, v0, v1, v2, v3)
+
+
+@triton.jit
+def _add_wide(a0, a1, a2, a3, factor, v0, v1, v2, v3):
+    return _sums(
+        a0, a1, a2, a3, factor, v0.to(tl.float32), v1.to(tl.float32), v2.to(tl.float32), v3.to(tl.float32)
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_eight(a0, a1, a2, a3, factor, b0, b1, b2, b3, levels):
+    v0, v1, v2, v3 = eight_bits(b0, b1, b2, b3, levels)
+    return _sums(a0, a1, a2, a3, factor, v0, v1, v2, v3)
+
+
+@triton.jit
+def _zeros(K: tl.constexpr, L: tl.constexpr):
+    zeros = tl.zeros([K, L], tl.float32)
+    return zeros, zeros, zeros, zeros
+
+
+@triton.jit
+def _with(y0, y1, y2, y3, a0, a1, a2, a3):
+    return y0 + tl.sum(a0, axis=0), y1 + tl.sum(a1, axis=0), y2 + tl.sum(a2, axis=0), y3 + tl.sum(a3, axis=0)
+
+
+@triton.jit
+def _start(arena, record, block, FORMAT: tl.constexpr, BYTES: tl.constexpr):
+    """Pointer to direction 0 of block 0 of B' at a format, a row of which is BYTES long in a block, and where blocks
+    [L] begin from there, in bytes."""
+    return block_rows(arena, record, 0, FORMAT, BYTES), block * (number(record, _ROWS + FORMAT) * BYTES)
+
+
+@triton.jit
+def lanes(four, QUARTER: tl.constexpr, L: tl.constexpr):
+    """Of L lanes the number of their block among a program's, and their place in a quarter of it.
+
+    `four` is 4: a number that the compiler does not know, so that a thread takes four columns of several directions,
+    and not sixteen of one, and has less to share with others when directions are summed.
     """
     lane = tl.arange(0, L)
-    column = columns_of(first, QUARTER, L)
-    block = first + lane // QUARTER
-    real = (lane < LANES) & (column < width)
-    a0 = tl.zeros([K, L], tl.float32)
-    a1 = tl.zeros([K, L], tl.float32)
-    a2 = tl.zeros([K, L], tl.float32)
-    a3 = tl.zeros([K, L], tl.float32)
-    f0 = tl.zeros([FINE, L], tl.float32)
-    f1 = tl.zeros([FINE, L], tl.float32)
-    f2 = tl.zeros([FINE, L], tl.float32)
-    f3 = tl.zeros([FINE, L], tl.float32)
-    if LORA:
-        record = record_of(records, row, module, M)
-        end16 = number(record, _ENDS)
-        end8 = number(record, _ENDS + 1)
-        end4 = number(record, _ENDS + 2)
-        end2 = number(record, _ENDS + 3)
-        inner = (lane % QUARTER)[None, :]
-        block = block[None, :]
-        seen = real[None, :]
-        WIDTH: tl.constexpr = 4 * QUARTER
-        rows = block_rows(arena, record, block, 0, WIDTH * KIND.primitive_bitwidth // 8).to(tl.pointer_type(KIND))
-        eight = block_rows(arena, record, block, 1, WIDTH) + inner
-        four = block_rows(arena, record, block, 2, WIDTH // 2) + inner
-        two = block_rows(arena, record, block, 3, WIDTH // 4) + inner
-        if end16 > 0:
-            a0, a1, a2, a3 = _wide(a0, a1, a2, a3, u, rows + inner, end16, QUARTER, K, seen, PDL)
-        if end4 > end8:
-            a0, a1, a2, a3 = _four_bits(a0, a1, a2, a3, u, four, levels, end8, end4, QUARTER, K, seen, PDL)
-        if end2 > end4:
-            a0, a1, a2, a3 = _two_bits(a0, a1, a2, a3, u, two, pairs, end4, end2, QUARTER, K, seen, PDL)
-        if end8 > end16:
-            f0, f1, f2, f3 = _eight_bits(f0, f1, f2, f3, u, eight, levels, end16, end8, QUARTER, FINE, seen, PDL)
-    wait(PDL)
-    y += column
-    y0 = tl.load(y, mask=real, other=0.0)
-    y1 = tl.load(y + QUARTER, mask=real & (column + QUARTER < width), other=0.0)
-    y2 = tl.load(y + 2 * QUARTER, mask=real & (column + 2 * QUARTER < width), other=0.0)
-    y3 = tl.load(y + 3 * QUARTER, mask=real & (column + 3 * QUARTER < width), other=0.0)
-    if LORA:
-        y0 += tl.sum(a0, axis=0) + tl.sum(f0, axis=0)
-        y1 += tl.sum(a1, axis=0) + tl.sum(f1, axis=0)
-        y2 += tl.sum(a2, axis=0) + tl.sum(f2, axis=0)
-        y3 += tl.sum(a3, axis=0) + tl.sum(f3, axis=0)
+    if QUARTER % 4 == 0:
+        group = lane // 4
+        inner = tl.multiple_of(group % (QUARTER // 4) * four + lane % 4, 4)
+        return group // (QUARTER // 4), inner
+    else:
+        return lane // QUARTER, lane % QUARTER
+
+
+@triton.jit
+def fetched(
+    record, arena, block, inner, real, KIND: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    FINE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the first directions of every format, at places `inner` of blocks number `block` [L]."""
+    WIDTH: tl.constexpr = 4 * QUARTER
+    end16 = number(record, _ENDS)
+    end8 = number(record, _ENDS + 1)
+    end4 = number(record, _ENDS + 2)
+    end2 = number(record, _ENDS + 3)
+    k = tl.arange(0, K)
+    base, at = _start(arena, record, block, 2, WIDTH // 2)
+    low, high = _four_tile(base, at + inner, end8 + k, end4, real, QUARTER)
+    base, at = _start(arena, record, block, 3, WIDTH // 4)
+    byte = _two_tile(base, at + inner, end4 + k, end2, real, QUARTER)
+    base, at = _start(arena, record, block, 1, WIDTH)
+    b0, b1, b2, b3 = _eight_tile(base, at + inner, end16 + tl.arange(0, FINE), end8, real, QUARTER)
+    SIZE: tl.constexpr = KIND.primitive_bitwidth // 8
+    base, at = _start(arena, record, block, 0, WIDTH * SIZE)
+    wide = base.to(tl.pointer_type(KIND))
+    w0, w1, w2, w3 = _wide_tile(wide, at // SIZE + inner, tl.arange(0, WIDE), end16, real, QUARTER)
+    return w0, w1, w2, w3, b0, b1, b2, b3, low, high, byte
+
+
+@triton.jit
+def factors(u, record, K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr):
+    """u of the directions that have been fetched; after the wait."""
+    end16 = number(record, _ENDS)
+    end8 = number(record, _ENDS + 1)
+    end4 = number(record, _ENDS + 2)
+    end2 = number(record, _ENDS + 3)
+    k = tl.arange(0, K)
+    return (
+        _factor(u, tl.arange(0, WIDE), end16), _factor(u, end16 + tl.arange(0, FINE), end8),
+        _factor(u, end8 + k, end4), _factor(u, end4 + k, end2),
+    )  # fmt: skip
+
+
+@triton.jit
+def quarters(pointer, column, width, real, QUARTER: tl.constexpr):
+    """Four vectors [L] from `column` on, float32; 0 beyond `width`."""
+    at = pointer + column
+    y0 = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    y1 = tl.load(at + QUARTER, mask=real & (column + QUARTER < width), other=0.0).to(tl.float32)
+    y2 = tl.load(at + 2 * QUARTER, mask=real & (column + 2 * QUARTER < width), other=0.0).to(tl.float32)
+    y3 = tl.load(at + 3 * QUARTER, mask=real & (column + 3 * QUARTER < width), other=0.0).to(tl.float32)
     return y0, y1, y2, y3
 
 
 @triton.jit
-def columns_of(first, QUARTER: tl.constexpr, L: tl.constexpr):
-    """[L] the first quarter's columns of the blocks from number `first` on."""
-    lane = tl.arange(0, L)
-    return (first + lane // QUARTER) * (4 * QUARTER) + lane % QUARTER
+def settled(y, rstd, bias, column, width, real, BIAS: tl.constexpr, QUARTER: tl.constexpr):
+    """rstd * y + bias, four quarters [L] from `column` on; 0 beyond `width`."""
+    y0, y1, y2, y3 = quarters(y, column, width, real, QUARTER)
+    y0 *= rstd
+    y1 *= rstd
+    y2 *= rstd
+    y3 *= rstd
+    if BIAS:
+        b0, b1, b2, b3 = quarters(bias, column, width, real, QUARTER)
+        y0 += b0
+        y1 += b1
+        y2 += b2
+        y3 += b3
+    return y0, y1, y2, y3
+
+
+@triton.jit
+def added(
+    y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, pairs, block, inner, real, KIND: tl.constexpr,
+    QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """y + rstd * B'u: of what has been fetched, and of what has not."""
+    WIDTH: tl.constexpr = 4 * QUARTER
+    end16 = number(record, _ENDS)
+    end8 = number(record, _ENDS + 1)
+    end4 = number(record, _ENDS + 2)
+    end2 = number(record, _ENDS + 3)
+    k = tl.arange(0, K)
+    if end16 > 0:
+        a0, a1, a2, a3 = _zeros(WIDE, L)
+        SIZE: tl.constexpr = KIND.primitive_bitwidth // 8
+        base, at = _start(arena, record, block, 0, WIDTH * SIZE)
+        wide = base.to(tl.pointer_type(KIND))
+        w0, w1, w2, w3 = tiles[0], tiles[1], tiles[2], tiles[3]
+        own = factor[0]
+        for start in range(WIDE, end16 + WIDE, WIDE):
+            direction = start + tl.arange(0, WIDE)
+            n0, n1, n2, n3 = _wide_tile(wide, at // SIZE + inner, direction, end16, real, QUARTER)
+            following = _factor(u, direction, end16)
+            a0, a1, a2, a3 = _add_wide(a0, a1, a2, a3, rstd * own, w0, w1, w2, w3)
+            w0, w1, w2, w3 = n0, n1, n2, n3
+            own = following
+        y0, y1, y2, y3 = _with(y0, y1, y2, y3, a0, a1, a2, a3)
+    if end8 > end16:
+        a0, a1, a2, a3 = _zeros(FINE, L)
+        base, at = _start(arena, record, block, 1, WIDTH)
+        b0, b1, b2, b3 = tiles[4], tiles[5], tiles[6], tiles[7]
+        own = factor[1]
+        for start in range(end16 + FINE, end8 + FINE, FINE):
+            direction = start + tl.arange(0, FINE)
+            n0, n1, n2, n3 = _eight_tile(base, at + inner, direction, end8, real, QUARTER)
+            following = _factor(u, direction, end8)
+            a0, a1, a2, a3 = _add_eight(a0, a1, a2, a3, rstd * own, b0, b1, b2, b3, levels)
+            b0, b1, b2, b3 = n0, n1, n2, n3
+            own = following
+        y0, y1, y2, y3 = _with(y0, y1, y2, y3, a0, a1, a2, a3)
+    if end2 > end8:
+        a0, a1, a2, a3 = _zeros(K, L)
+        base, at = _start(arena, record, block, 2, WIDTH // 2)
+        low, high = tiles[8], tiles[9]
+        own = factor[2]
+        for start in range(end8 + K, end4 + K, K):
+            low_ahead, high_ahead = _four_tile(base, at + inner, start + k, end4, real, QUARTER)
+            following = _factor(u, start + k, end4)
+            a0, a1, a2, a3 = _add_four(a0, a1, a2, a3, rstd * own, low, high, levels, KIND)
+            low, high = low_ahead, high_ahead
+            own = following
+        base, at = _start(arena, record, block, 3, WIDTH // 4)
+        byte = tiles[10]
+        own = factor[3]
+        for start in range(end4 + K, end2 + K, K):
+            ahead = _two_tile(base, at + inner, start + k, end2, real, QUARTER)
+            following = _factor(u, start + k, end2)
+            a0, a1, a2, a3 = _add_two(a0, a1, a2, a3, rstd * own, byte, pairs, KIND)
+            byte = ahead
+            own = following
+        y0, y1, y2, y3 = _with(y0, y1, y2, y3, a0, a1, a2, a3)
+    return y0, y1, y2, y3
 
 
 def arguments(update: Shrink | None, like: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """A kernel's arguments u, records, arena, levels, pairs and site, and its constants, of what a shrink has left;
-    without one nothing is added."""
+    """A kernel's arguments u, records, arena, levels, pairs, site and `four`, and its constants, of what a shrink has
+    left; without one nothing is added."""
     if update is None:
-        return (like,) * 5 + (0,), {"M": 1, "R": 1, "LORA": False}
+        return (*(like,) * 5, 0, 4), {"M": 1, "R": 1, "LORA": False}
     return (
-        (update.u, *update.reads.tensors, update.site),
+        (update.u, *update.reads.tensors, update.site, 4),
         {"M": update.reads.records.shape[1], "R": update.u.shape[2], "LORA": True},
     )
 
@@ -206,7 +286,9 @@ class Cut:
     blocks: int
     """Blocks of columns per program."""
     directions: int
-    """Directions per step, at 16, 4 and 2 bits."""
+    """Directions per tile at 4 and 2 bits."""
+    wide: int
+    """At 16 bits."""
     fine: int
     """At 8 bits, of which there are few where they are not all."""
     warps: int
@@ -214,12 +296,12 @@ class Cut:
     @classmethod
     def of(cls, batch: int, most: int) -> Cut:
         """The best found: a few rows' directions are read all at once; `most` blocks may a program have."""
-        return cls(1, 64, 4, 4) if batch <= 4 else cls(min(2, most), 8, 2, 1)
+        return cls(1, 16, 64, 8, 4) if batch <= 4 else cls(min(2, most), 8, 8, 2, 1)
 
     def constants(self, columns: int) -> dict[str, int]:
         """A kernel's, for blocks of `columns`."""
         lanes = self.blocks * columns // 4
         return {
             "QUARTER": columns // 4, "LANES": lanes, "L": triton.next_power_of_2(lanes), "K": self.directions,
-            "FINE": self.fine, "num_warps": self.warps,
+            "WIDE": self.wide, "FINE": self.fine, "num_warps": self.warps,
         }  # fmt: skip

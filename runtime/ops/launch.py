@@ -4,14 +4,17 @@ A decode step is a few hundred short kernels in a row. Launched the ordinary way
 wholly drained. With programmatic dependent launch (Hopper and newer) a kernel's programs start while the last programs
 of the one before still run, fetch what does not depend on them, and wait only then:
 
+    release(PDL)                  # the one behind may start
     weights = tl.load(...)        # nothing of this step writes them
     wait(PDL)                     # the kernel before has finished and its writes can be seen
-    release(PDL)                  # the one behind may start
     x = tl.load(...)              # what the kernel before wrote
     ...
 
-Every kernel of a step waits, whether it needs to or not, and releases after that: so when a kernel starts, the one two
-before it has finished, and what that or an earlier one wrote may be read before `wait`.
+Every kernel of a step waits, whether it needs to or not, so what has been finished once stays so for all behind. Some
+wait before they release: then the one behind starts when the one before them has finished, and may read at once what
+that wrote. `resolve` and `embed` do, and `shrink`, so that the linear that reads the same x runs beside it.
+
+What is not needed yet can be on its way as well: `fetch` brings memory as far as the L2 cache and holds no register.
 """
 
 from __future__ import annotations
@@ -35,6 +38,18 @@ def dot(a, b, sums):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     else:
         return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def fetch(pointer, size, PDL: tl.constexpr):
+    """Have `size` bytes, a multiple of 16, from `pointer` on, aligned alike, brought to the L2 cache; nobody waits, one
+    thread asks for all. The memory must exist; what is in it may still change."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+            " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [pointer.to(tl.int64, bitcast=True), size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

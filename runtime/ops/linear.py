@@ -1,10 +1,10 @@
 """A frozen linear at every row of the batch.
 
-    y = rstd * (W x) + bias      [B, N] float32, up to three weights that share their input (q, k, v)
+    y = W x      [B, N] float32, up to three weights that share their input (q, k, v)
 
-x is the residual times the norm's weight, and `rstd` follows from sums of squares (`norm`); or x is taken as it is. At
-batch 1 a program reads whole rows of a weight as a matrix-vector product. Else it holds a tile of rows against the
-whole batch on the tensor cores.
+Where x has yet to be normed (`norm`), so has y: who consumes it does that, of whom there are fewer. Only behind the
+last linear there is nobody. At batch 1 a program reads whole rows of a weight as a matrix-vector product. Else it holds
+a tile of rows against the whole batch on the tensor cores.
 
 How a weight is stored is the business of `_vector` and `_matrix` alone.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .launch import dependent, dot, release, wait
 from .norm import Norm, rstd_of
+from .shrink import Shares, Shrink, shrink, shrink_share
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Tiles:
         return cls(_SIDE, columns, 4, min(stages, _SHARED_BYTES // (columns * step)))
 
 
+_REGISTERS = 32
+"""Of a thread, where a launch does a shrink as well, so that as many programs of the product run as without."""
 _SIDE = 32
 """Rows of a weight per program that multiplies them with a batch."""
 _SHARED_BYTES = 200 * 1024
@@ -56,9 +59,8 @@ _SHARED_BYTES = 200 * 1024
 
 @triton.jit
 def _vector(
-    x, w, bias, y, squares, block, offset, outputs, D: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
-    BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x, w, y, squares, block, offset, outputs, D: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of N outputs of one row, the batch's only one."""
     n = block * N + tl.arange(0, N)
@@ -81,23 +83,20 @@ def _vector(
     out = tl.sum(sums, axis=1)
     if NORM:
         out *= rstd_of(squares, 0, BLOCKS, PADDED, D, EPS)
-    if BIAS:
-        out += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
     tl.store(y + offset + n, out, mask=n < outputs)
 
 
 @triton.jit
 def _matrix(
-    x, w, bias, y, squares, block, offset, outputs, TOTAL: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, w, y, squares, block, offset, outputs, TOTAL: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
+    NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of N outputs of all rows."""
     n = block * N + tl.arange(0, N)
     b = tl.arange(0, M)
     column = tl.arange(0, BLOCK)
     rows = w + n.to(tl.int64)[None, :] * D
-    wait(PDL)
     sums = tl.zeros([M, N], tl.float32)
     for start in range(0, D, BLOCK):
         at = start + column
@@ -110,57 +109,84 @@ def _matrix(
             squares + b[:, None] * BLOCKS + k[None, :], mask=(b < B)[:, None] & (k < BLOCKS)[None, :], other=0.0
         )
         sums *= tl.rsqrt(tl.sum(squared, axis=1) / D + EPS)[:, None]
-    if BIAS:
-        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
     tl.store(y + b[:, None] * TOTAL + offset + n[None, :], sums, mask=(b < B)[:, None] & (n < outputs)[None, :])
 
 
 @triton.jit
 def _linear(
-    x, squares, w0, w1, w2, bias0, bias1, bias2, y, B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
-    PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x, squares, w0, w1, w2, y, u, four, ready, before, records, arena, levels, pairs, site,
+    B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NORM: tl.constexpr,
+    IN: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, SHRINKS: tl.constexpr, BESIDE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    MEMBERS: tl.constexpr, M: tl.constexpr, SHARES: tl.constexpr, K: tl.constexpr, SHRINK_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A block of N outputs of one of the weights."""
+    """A block of N outputs of one of the weights, or a share of a shrink."""
     release(PDL)
-    block = tl.program_id(0)
-    SECOND: tl.constexpr = (N0 + N - 1) // N
-    THIRD: tl.constexpr = SECOND + (N1 + N - 1) // N
-    w = w0
-    bias = bias0
-    if block >= THIRD:
-        w = w2
-        bias = bias2
-    elif block >= SECOND:
-        w = w1
-        bias = bias1
-    outputs = tl.where(block >= THIRD, N2, tl.where(block >= SECOND, N1, N0))
-    offset = tl.where(block >= THIRD, N0 + N1, tl.where(block >= SECOND, N0, 0))
-    block -= tl.where(block >= THIRD, THIRD, tl.where(block >= SECOND, SECOND, 0))
-    TOTAL: tl.constexpr = N0 + N1 + N2
-    if B == 1:
-        _vector(x, w, bias, y, squares, block, offset, outputs, D, BIAS, NORM, BLOCKS, PADDED, EPS, N, BLOCK, PDL)
+    block = tl.program_id(0) - SHRINKS
+    if block < 0:
+        wait(PDL)
+        if SHRINKS > 0:
+            shrink_share(
+                x, u, four, records, arena, levels, pairs, site, block + SHRINKS, D, N0, N1, N2, Q, True, R, MEMBERS,
+                SHARES, M, K, SHRINK_BLOCK, WIDE, PDL,
+            )  # fmt: skip
     else:
-        _matrix(
-            x, w, bias, y, squares, block, offset, outputs, TOTAL, B, D, BIAS, NORM, BLOCKS, PADDED, EPS, BATCH, N,
-            BLOCK, PDL,
-        )  # fmt: skip
+        SECOND: tl.constexpr = (N0 + N - 1) // N
+        THIRD: tl.constexpr = SECOND + (N1 + N - 1) // N
+        w = w0
+        if block >= THIRD:
+            w = w2
+        elif block >= SECOND:
+            w = w1
+        outputs = tl.where(block >= THIRD, N2, tl.where(block >= SECOND, N1, N0))
+        offset = tl.where(block >= THIRD, N0 + N1, tl.where(block >= SECOND, N0, 0))
+        block -= tl.where(block >= THIRD, THIRD, tl.where(block >= SECOND, SECOND, 0))
+        TOTAL: tl.constexpr = N0 + N1 + N2
+        if B == 1:
+            _vector(x, w, y, squares, block, offset, outputs, D, NORM, BLOCKS, PADDED, EPS, N, BLOCK, PDL)
+        else:
+            wait(PDL)
+            # By now the shrink before has read what it waited for.
+            if BESIDE and block == 0 and offset == 0:
+                tl.atomic_xchg(ready + before, 0, sem="relaxed")
+                tl.atomic_xchg(ready + site, 1, sem="release")
+            _matrix(
+                x, w, y, squares, block, offset, outputs, TOTAL, B, D, NORM, BLOCKS, PADDED, EPS, BATCH, N, BLOCK
+            )  # fmt: skip
 
 
 def linear(
-    x: Tensor, weights: tuple[Tensor, ...], y: Tensor, *, biases: tuple[Tensor, ...] | None = None,
-    norm: Norm | None = None, tiles: Tiles | None = None,
+    x: Tensor, weights: tuple[Tensor, ...], y: Tensor, *, norm: Norm | None = None, update: Shrink | None = None,
+    tiles: Tiles | None = None, shares: Shares | None = None,
 ) -> None:  # fmt: skip
-    """Launch it; x [B, D] contiguous, weights of up to three linears [N_i, D], y [B, sum of N_i] float32."""
+    """Launch it; x [B, D] contiguous, weights of up to three linears [N_i, D], y [B, sum of N_i] float32.
+
+    With an `update` what rows' own adapters make of x is written too (`shrink`): of one row by programs of this launch,
+    of more by a launch beside it.
+    """
     batch, inputs = x.shape
     sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
     tiles = tiles or Tiles.of(batch, sum(sizes), inputs, x.element_size())
     padded = [*weights, *[weights[0]] * (3 - len(weights))]
-    own_biases = [*(biases or weights), *[weights[0]] * (3 - len(weights))]
     norms, constants = Norm.arguments(norm, x)
-    _linear[(sum(triton.cdiv(size, tiles.outputs) for size in sizes),)](
-        x, norms, *padded, *own_biases, y, B=batch, D=inputs, N0=sizes[0], N1=sizes[1], N2=sizes[2],
-        BIAS=biases is not None, BATCH=max(16, triton.next_power_of_2(batch)), N=tiles.outputs, BLOCK=tiles.inputs,
-        num_warps=tiles.warps, num_stages=tiles.stages, **constants, **dependent(x.device),
+    adapters, shrinks = (x, 4, x, 0, *(x,) * 4, 0), 0
+    merged = {"Q": 1, "R": 1, "MEMBERS": 1, "M": 1, **Shares(1, 1, 4, 1, 1).constants()}
+    if update is not None:
+        adapters = (update.u, 4, update.ready, update.before, *update.reads.tensors, update.site)
+    if update is not None and batch == 1:
+        members, most = update.u.shape[1:]
+        shares = shares or Shares.of(batch, inputs, most)
+        shrinks = members * shares.programs
+        merged = {
+            "Q": update.columns, "R": most, "MEMBERS": members, "M": update.reads.records.shape[1], **shares.constants()
+        }  # fmt: skip
+    limit = {"maxnreg": _REGISTERS} if shrinks and x.is_cuda else {}
+    _linear[(shrinks + sum(triton.cdiv(size, tiles.outputs) for size in sizes),)](
+        x, norms, *padded, y, *adapters, B=batch, D=inputs, N0=sizes[0], N1=sizes[1], N2=sizes[2],
+        BATCH=max(16, triton.next_power_of_2(batch)), N=tiles.outputs, BLOCK=tiles.inputs, SHRINKS=shrinks,
+        BESIDE=update is not None and batch > 1, **merged, num_warps=tiles.warps, num_stages=tiles.stages, **constants,
+        **limit, **dependent(x.device),
     )  # fmt: skip
+    if update is not None and batch > 1:
+        shrink(x, update, sizes, shares=shares)

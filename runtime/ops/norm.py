@@ -3,7 +3,8 @@
     norm(r) = r * weight / sqrt(mean(r^2) + eps)
 
 Whoever writes the residual r leaves r * weight, in the model's dtype, and sums of squares of r by blocks of columns.
-Who reads it multiplies what it made of that by `rstd`, a sum over a few dozen numbers. r itself is float32.
+Linears take that as it is, and who consumes what they put out multiplies it by `rstd`, a sum over a few dozen numbers.
+r itself is float32.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Norm:
-    """What a reader needs beside r * weight."""
+    """What makes the norm of what was made of r * weight."""
 
     squares: Tensor
     """[B, blocks] float32"""
     eps: float
+    width: int
+    """D"""
 
     @staticmethod
     def arguments(norm: Norm | None, like: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """A kernel's tensor and constants; without a norm any tensor."""
         if norm is None:
-            return like, {"NORM": False, "BLOCKS": 1, "PADDED": 1, "EPS": 0.0}
+            return like, {"NORM": False, "BLOCKS": 1, "PADDED": 1, "EPS": 0.0, "IN": 1}
         blocks = norm.squares.shape[1]
         padded = triton.next_power_of_2(blocks)
-        return norm.squares, {"NORM": True, "BLOCKS": blocks, "PADDED": padded, "EPS": norm.eps}
+        return norm.squares, {"NORM": True, "BLOCKS": blocks, "PADDED": padded, "EPS": norm.eps, "IN": norm.width}
 
 
 @triton.jit

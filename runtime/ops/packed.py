@@ -25,6 +25,7 @@ Shape legend: K directions of a tile, L columns of one quarter.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,7 +53,60 @@ _SCALES: tl.constexpr = tl.constexpr(SCALES)
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
 _FOUR: tl.constexpr = tl.constexpr(256)
-_TWO: tl.constexpr = tl.constexpr(272)
+
+
+def _selected(bits: int) -> tuple[str, str, str, str]:
+    """The high bytes of levels in bfloat16, of the first four and the next four codes, and the low ones likewise."""
+    words = LEVELS[bits].to(torch.bfloat16).view(torch.int16).tolist()
+    high, low = ([word >> shift & 255 for word in words[:8]] for shift in (8, 0))
+    return tuple(
+        hex(sum(byte << 8 * place for place, byte in enumerate(own)))
+        for own in (high[:4], high[4:], low[:4], low[4:])
+    )  # fmt: skip
+
+
+def _select(tables: tuple[str, str, str, str], word: str, outputs: tuple[int, int, int, int], signed: bool) -> str:
+    """PTX: what the four nibbles in the low half of `word` stand for, into `outputs`, float32. A nibble's lowest three
+    bits select a byte of eight, which `prmt` does four at a time; the highest, of `signed` ones, is the sign."""
+    high0, high1, low0, low1 = tables
+    sign = (
+        f"prmt.b32 s, 0x80808080, 0x80808080, {word}; shl.b32 s, s, 1; lop3.b32 h, h, s, 0x80808080, 0x78;"
+        if signed else ""
+    )  # fmt: skip
+    made = " ".join(
+        f"prmt.b32 ${output}, l, h, {0x4000 + 0x1111 * place};" for place, output in enumerate(outputs)
+    )  # fmt: skip
+    return (
+        f"and.b32 m, {word}, 0x7777; prmt.b32 h, {high0}, {high1}, m; prmt.b32 l, {low0}, {low1}, m; {sign} {made}"
+    )  # fmt: skip
+
+
+def _assembly(*body: str) -> str:
+    return " ".join(("{ .reg .b32 m, h, l, s, w, t;", *body, "}"))
+
+
+_FOUR_BITS: tl.constexpr = tl.constexpr(
+    _assembly(
+        _select(_selected(4), "$8", (0, 4, 1, 5), True),
+        "shr.u32 t, $8, 16;",
+        _select(_selected(4), "t", (2, 6, 3, 7), True),
+    )
+)
+"""Of four bytes the values of their low nibbles, then of their high ones."""
+_TWO_BITS: tl.constexpr = tl.constexpr(
+    _assembly(
+        "and.b32 w, $16, 0x33333333;",
+        _select(_selected(2), "w", (0, 8, 1, 9), False),
+        "shr.u32 t, w, 16;",
+        _select(_selected(2), "t", (2, 10, 3, 11), False),
+        "shr.u32 w, $16, 2; and.b32 w, w, 0x33333333;",
+        _select(_selected(2), "w", (4, 12, 5, 13), False),
+        "shr.u32 t, w, 16;",
+        _select(_selected(2), "t", (6, 14, 7, 15), False),
+    )
+)
+"""Of four bytes the values of their lowest two bits, of the next, and so on."""
+_SELECTS: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @dataclass(frozen=True)
@@ -116,24 +170,46 @@ def halves(pair):
 
 @triton.jit
 def eight_bits(b0, b1, b2, b3, levels):
-    """Values of the four quarters from their bytes, int32."""
-    return tl.load(levels + b0), tl.load(levels + b1), tl.load(levels + b2), tl.load(levels + b3)
+    """Values of the four quarters from their bytes."""
+    v0 = tl.load(levels + b0.to(tl.int32))
+    v1 = tl.load(levels + b1.to(tl.int32))
+    v2 = tl.load(levels + b2.to(tl.int32))
+    return v0, v1, v2, tl.load(levels + b3.to(tl.int32))
 
 
 @triton.jit
-def four_bits(low, high, levels):
+def four_bits(low, high, levels, KIND: tl.constexpr):
     """Values of the four quarters: `low` are the bytes of the first and third, `high` those of the second and last."""
-    levels += _FOUR
-    v0 = tl.load(levels + (low & 15))
-    v1 = tl.load(levels + (high & 15))
-    return v0, v1, tl.load(levels + (low >> 4)), tl.load(levels + (high >> 4))
+    if _SELECTS and KIND.is_bf16():
+        v0, v2 = tl.inline_asm_elementwise(
+            _FOUR_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [low], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )  # fmt: skip
+        v1, v3 = tl.inline_asm_elementwise(
+            _FOUR_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [high], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )  # fmt: skip
+    else:
+        levels += _FOUR
+        low = low.to(tl.int32)
+        high = high.to(tl.int32)
+        v0 = tl.load(levels + (low & 15))
+        v1 = tl.load(levels + (high & 15))
+        v2 = tl.load(levels + (low >> 4))
+        v3 = tl.load(levels + (high >> 4))
+    return v0, v1, v2, v3
 
 
 @triton.jit
-def two_bits(byte, pairs):
+def two_bits(byte, pairs, KIND: tl.constexpr):
     """Values of the four quarters."""
-    v0, v1 = halves(tl.load(pairs + (byte & 15)))
-    v2, v3 = halves(tl.load(pairs + (byte >> 4)))
+    if _SELECTS and KIND.is_bf16():
+        v0, v1, v2, v3 = tl.inline_asm_elementwise(
+            _TWO_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r", [byte],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        byte = byte.to(tl.int32)
+        v0, v1 = halves(tl.load(pairs + (byte & 15)))
+        v2, v3 = halves(tl.load(pairs + (byte >> 4)))
     return v0, v1, v2, v3
 
 
@@ -151,33 +227,3 @@ def block_rows(arena, record, block, FORMAT: tl.constexpr, BYTES: tl.constexpr):
     if FORMAT > 0:
         start -= number(record, _FIRSTS + FORMAT - 1) * BYTES
     return start
-
-
-@triton.jit
-def column_values(arena, record, levels, column, KIND: tl.constexpr, Q: tl.constexpr, K: tl.constexpr):
-    """[K, N] float32: B' at outputs `column` [N], scales left out; 0 where the row does not read a direction.
-
-    record points to the row's record of each output's module, [1, N]; Q are the columns of a block, KIND the dtype of
-    the exact factors.
-    """
-    direction = tl.arange(0, K)[:, None]
-    end16 = number(record, _ENDS)
-    end8 = number(record, _ENDS + 1)
-    end4 = number(record, _ENDS + 2)
-    end2 = number(record, _ENDS + 3)
-    block = (column // Q)[None, :]
-    within = (column % Q)[None, :]
-    wide = block_rows(arena, record, block, 0, Q * KIND.primitive_bitwidth // 8).to(tl.pointer_type(KIND))
-    value = tl.load(wide + direction * Q + within, mask=direction < end16, other=0.0).to(tl.float32)
-    eight = block_rows(arena, record, block, 1, Q) + direction * Q + within
-    read8 = (direction >= end16) & (direction < end8)
-    code8 = tl.load(eight, mask=read8, other=0).to(tl.int32)
-    four = block_rows(arena, record, block, 2, Q // 2) + direction * (Q // 2) + within % (Q // 2)
-    read4 = (direction >= end8) & (direction < end4)
-    code4 = (tl.load(four, mask=read4, other=0).to(tl.int32) >> (4 * (within // (Q // 2)))) & 15
-    two = block_rows(arena, record, block, 3, Q // 4) + direction * (Q // 4) + within % (Q // 4)
-    read2 = (direction >= end4) & (direction < end2)
-    code2 = (tl.load(two, mask=read2, other=0).to(tl.int32) >> (2 * (within // (Q // 4)))) & 3
-    code = tl.where(read8, code8, tl.where(read4, _FOUR + code4, _TWO + code2))
-    coded = (direction >= end16) & (direction < end2)
-    return value + tl.where(coded, tl.load(levels + code), 0.0)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
-from .expand import Cut, arguments, expanded
-from .launch import dependent, release
+from .expand import Cut, added, arguments, factors, fetched, lanes, settled
+from .launch import dependent, release, wait
+from .norm import Norm, rstd_of
+from .packed import record_of
 from .shrink import Shrink
 
 _PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
@@ -51,10 +53,12 @@ class Heads:
 
 @triton.jit
 def _rotary(
-    y, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages, u, records, arena, levels, pairs, site,
-    H: tl.constexpr, HKV: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
-    LORA: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr,
-    LANES: tl.constexpr, PDL: tl.constexpr,
+    y, squares, bias_q, bias_k, bias_v, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages, u,
+    records, arena, levels, pairs, site, four,
+    H: tl.constexpr, HKV: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_EPS: tl.constexpr, IN: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    FINE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
@@ -63,19 +67,37 @@ def _rotary(
     # q, k and v are three modules: which one, and which of its heads.
     member = tl.where(head < H, 0, tl.where(head < H + HKV, 1, 2))
     own = head - tl.where(head < H, 0, tl.where(head < H + HKV, H, H + HKV))
-    y0, y1, y2, y3 = expanded(
-        y + row * WIDTH + (head - own) * HEAD, u + (row * 3 + member) * R, records, arena, levels, pairs, row,
-        site + member, own, WIDTH, query.dtype.element_ty, QUARTER, M, LORA, K, FINE, L, LANES, PDL,
-    )  # fmt: skip
-    lane = tl.arange(0, L)
-    real = lane < QUARTER
+    bias = bias_q
+    if member == 2:
+        bias = bias_v
+    elif member == 1:
+        bias = bias_k
+    kind = query.dtype.element_ty
+    block, lane = lanes(four, QUARTER, L)
+    real = block == 0
+    block += own
+    record = record_of(records, row, site + member, M)
+    u += (row * 3 + member) * R
+    y += row * WIDTH + head * HEAD
+    if LORA:
+        tiles = fetched(record, arena, block, lane, real, kind, QUARTER, K, WIDE, FINE)
+    wait(PDL)
+    if LORA:
+        factor = factors(u, record, K, WIDE, FINE)
+    rstd = rstd_of(squares, row, BLOCKS, PADDED, IN, EPS) if NORM else 1.0
+    y0, y1, y2, y3 = settled(y, rstd, bias + own * HEAD, lane, HEAD, real, BIAS, QUARTER)
+    if LORA:
+        y0, y1, y2, y3 = added(
+            y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, pairs, block, lane, real, kind, QUARTER, K,
+            WIDE, FINE, L,
+        )  # fmt: skip
     length = tl.load(lengths + row)
     position = tl.maximum(length - 1, 0)
     # Two conditions: without norms there are no weights, and the compiler must not look at what reads them.
-    if NORM:  # noqa: SIM102
+    if HEAD_NORM:  # noqa: SIM102
         if member < 2:
             squared = tl.sum(tl.where(real, y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3, 0.0))
-            rstd = tl.rsqrt(squared / HEAD + EPS)
+            rstd = tl.rsqrt(squared / HEAD + HEAD_EPS)
             scale = q_norm
             if member == 1:
                 scale = k_norm
@@ -96,39 +118,42 @@ def _rotary(
         y0 = first0
         y1 = first1
     if head < H:
-        _store(query + (row * H + own) * HEAD, y0, y1, y2, y3, real, QUARTER, L)
+        _store(query + (row * H + own) * HEAD + lane, y0, y1, y2, y3, real, QUARTER)
     elif length > 0:
         page = tl.load(table + row * pages + position // _PAGE)
         at = ((page.to(tl.int64) * HKV + own) * _PAGE + position % _PAGE) * HEAD
         if member == 1:
-            _store(keys + at, y0, y1, y2, y3, real, QUARTER, L)
+            _store(keys + at + lane, y0, y1, y2, y3, real, QUARTER)
         else:
-            _store(values + at, y0, y1, y2, y3, real, QUARTER, L)
+            _store(values + at + lane, y0, y1, y2, y3, real, QUARTER)
 
 
 @triton.jit
-def _store(out, y0, y1, y2, y3, real, QUARTER: tl.constexpr, L: tl.constexpr):
-    lane = tl.arange(0, L)
+def _store(out, y0, y1, y2, y3, real, QUARTER: tl.constexpr):
     kind = out.dtype.element_ty
-    tl.store(out + lane, y0.to(kind), mask=real)
-    tl.store(out + QUARTER + lane, y1.to(kind), mask=real)
-    tl.store(out + 2 * QUARTER + lane, y2.to(kind), mask=real)
-    tl.store(out + 3 * QUARTER + lane, y3.to(kind), mask=real)
+    tl.store(out, y0.to(kind), mask=real)
+    tl.store(out + QUARTER, y1.to(kind), mask=real)
+    tl.store(out + 2 * QUARTER, y2.to(kind), mask=real)
+    tl.store(out + 3 * QUARTER, y3.to(kind), mask=real)
 
 
 def rotate(
-    y: Tensor, query: Tensor, pages: Pages, heads: Heads, *, update: Shrink | None = None, cut: Cut | None = None
-) -> None:
+    y: Tensor, query: Tensor, pages: Pages, heads: Heads, *, update: Shrink | None = None, norm: Norm | None = None,
+    biases: tuple[Tensor, ...] | None = None, cut: Cut | None = None,
+) -> None:  # fmt: skip
     """q, k and v of the token being decoded: y [B, (H + 2 Hkv) D] float32 -> query [B, H, D], and its page.
 
-    D is a multiple of 4; the rotary halves are the first and the last D / 2 channels of a head.
+    D is a multiple of 4; the rotary halves are the first and the last D / 2 channels of a head. norm and biases are
+    those of the linears.
     """
     adapters, constants = arguments(update, query)
+    norms, norm_constants = Norm.arguments(norm, query)
     batch, count, width = query.shape
     kv_heads = pages.keys.shape[1]
-    norms = (heads.q_norm, heads.k_norm) if heads.q_norm is not None and heads.k_norm is not None else (query, query)
+    weights = (heads.q_norm, heads.k_norm) if heads.q_norm is not None and heads.k_norm is not None else (query, query)
     _rotary[(batch, count + 2 * kv_heads)](
-        y, query, pages.keys, pages.values, pages.table, pages.lengths, heads.cosine, heads.sine, *norms,
-        pages.table.shape[1], *adapters, H=count, HKV=kv_heads, NORM=heads.q_norm is not None, EPS=heads.eps,
-        **constants, **(cut or Cut.of(batch, 1)).constants(width), **dependent(query.device),
+        y, norms, *(biases or (query,) * 3), query, pages.keys, pages.values, pages.table, pages.lengths, heads.cosine,
+        heads.sine, *weights, pages.table.shape[1], *adapters, H=count, HKV=kv_heads,
+        HEAD_NORM=heads.q_norm is not None, HEAD_EPS=heads.eps, BIAS=biases is not None, **norm_constants, **constants,
+        **(cut or Cut.of(batch, 1)).constants(width), **dependent(query.device),
     )  # fmt: skip

@@ -1,12 +1,14 @@
-"""u = rstd * weight * scale * (A' x): of every row and member of a site the directions that the row's rung reads.
+"""u = weight * scale * (A' x): of every row and member of a site the directions that the row's rung reads.
 
-A member is one of the linears that share an input: q, k and v; gate and up. One program takes of a row and member
-every SHARES-th block of K directions. Codes are unpacked in registers, two columns by one lookup, and summed in
-float32; a direction's scales are applied to its sum.
+A member is one of the linears that share an input: q, k and v; gate and up. What a row and member read is cut into
+units of K directions of one format, which programs take in turn. Codes are unpacked in registers, two columns by one
+lookup at 2 bits, and summed in float32; a direction's scales are applied to its sum. Where x has yet to be normed, so
+has u (`norm`).
 
-For one row these programs are part of the linear's launch (`alone`); for more they are a launch beside it.
+Of one row, programs of the linear that reads the same x do this (`linear`). Of more it is a launch of its own behind
+that, which does not wait for it to end, and so runs beside it: one computes while the other waits for memory.
 
-Shape legend: B rows, D inputs, R directions at most, K directions of a block.
+Shape legend: B rows, D inputs, R directions at most, K directions of a unit.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dependent, release, wait
-from .norm import Norm, rstd_of
+from .launch import dependent, fetch, release, wait
 from .packed import (
     ENDS,
     FIRSTS,
     STARTS_A,
     WEIGHT,
     Reads,
+    block_rows,
     eight_bits,
     four_bits,
     number,
@@ -48,17 +50,22 @@ class Shrink:
     """[B, members, R] float32, written"""
     reads: Reads
     site: int
-    """Number of the first member's module."""
+    """Number of the first member's module"""
+    columns: int
+    """Of a block of B'"""
+    ready: Tensor
+    """[M] int32: 1 at the latest site whose x is there, 0 at all others"""
+    before: int
+    """The site before this one, of which `ready` is put back"""
 
 
 @triton.jit
-def _wide_sum(x, rows, direction, stop, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _wide_sum(x, rows, direction, stop, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """[K] float32: 16-bit rows [., D] at `direction` [K], those below `stop`, times x [D]."""
     column = tl.arange(0, BLOCK)
     row = rows + direction[:, None] * D
     there = (direction < stop)[:, None]
     own = tl.load(row + column[None, :], mask=there & (column < D)[None, :], other=0.0)
-    wait(PDL)
     total = tl.zeros([K, BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         at = start + column
@@ -70,59 +77,46 @@ def _wide_sum(x, rows, direction, stop, D: tl.constexpr, K: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def _input(x, at, mask):
+    """x [1, .] as float32."""
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _coded_sum(
-    x, rows, table, direction, stop, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    x, four, rows, entries, direction, stop, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """[K] float32: packed rows at `direction` [K], those below `stop`, times x [D]; scales are left out.
 
-    rows points to direction 0 and table to what codes are read as: of pairs at 2 bits, FORMAT 3, else of single ones.
+    rows points to direction 0 and `entries` to what codes are read as: pairs of them at 2 bits, FORMAT 3, else single
+    ones.
+    `four` is 4: a number that the compiler does not know, so that a thread reads four bytes of several directions, for
+    which it needs the same of x, and not sixteen of one.
     """
     QUARTER: tl.constexpr = D // 4
-    BYTES: tl.constexpr = D >> (FORMAT - 1)
-    column = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    column = tl.multiple_of(lane // 4 * four + lane % 4, 4)
     there = (direction < stop)[:, None]
-    at = rows + direction[:, None] * BYTES + column[None, :]
-    mask = there & (column < QUARTER)[None, :]
-    b0 = tl.load(at, mask=mask, other=0)
-    b1 = b0
-    b2 = b0
-    b3 = b0
-    if FORMAT <= 2:
-        b1 = tl.load(at + QUARTER, mask=mask, other=0)
-    if FORMAT == 1:
-        b2 = tl.load(at + 2 * QUARTER, mask=mask, other=0)
-        b3 = tl.load(at + 3 * QUARTER, mask=mask, other=0)
-    wait(PDL)
+    at = rows + direction[:, None] * (D >> (FORMAT - 1)) + column[None, :]
+    b0, b1, b2, b3 = _bytes(at, there & (column < QUARTER)[None, :], FORMAT, QUARTER)
     total = tl.zeros([K, BLOCK], tl.float32)
     for start in range(0, QUARTER, BLOCK):
         place = start + column
         real = place < QUARTER
         # Bytes of the next step are on their way while these are looked up.
         at += BLOCK
-        mask = there & (place + BLOCK < QUARTER)[None, :]
-        n0 = tl.load(at, mask=mask, other=0)
-        n1 = n0
-        n2 = n0
-        n3 = n0
-        if FORMAT <= 2:
-            n1 = tl.load(at + QUARTER, mask=mask, other=0)
-        if FORMAT == 1:
-            n2 = tl.load(at + 2 * QUARTER, mask=mask, other=0)
-            n3 = tl.load(at + 3 * QUARTER, mask=mask, other=0)
-        if FORMAT == 1:
-            v0, v1, v2, v3 = eight_bits(
-                b0.to(tl.int32), b1.to(tl.int32), b2.to(tl.int32), b3.to(tl.int32), table
-            )  # fmt: skip
-        elif FORMAT == 2:
-            v0, v1, v2, v3 = four_bits(b0.to(tl.int32), b1.to(tl.int32), table)
-        else:
-            v0, v1, v2, v3 = two_bits(b0.to(tl.int32), table)
+        n0, n1, n2, n3 = _bytes(at, there & (place + BLOCK < QUARTER)[None, :], FORMAT, QUARTER)
         # Where a mask cut bytes off x is 0 too, or nothing is stored.
-        x0 = tl.load(x + place, mask=real, other=0.0).to(tl.float32)[None, :]
-        x1 = tl.load(x + QUARTER + place, mask=real, other=0.0).to(tl.float32)[None, :]
-        x2 = tl.load(x + 2 * QUARTER + place, mask=real, other=0.0).to(tl.float32)[None, :]
-        x3 = tl.load(x + 3 * QUARTER + place, mask=real, other=0.0).to(tl.float32)[None, :]
+        x0 = _input(x, place, real)
+        x1 = _input(x, QUARTER + place, real)
+        x2 = _input(x, 2 * QUARTER + place, real)
+        x3 = _input(x, 3 * QUARTER + place, real)
+        if FORMAT == 1:
+            v0, v1, v2, v3 = eight_bits(b0, b1, b2, b3, entries)
+        elif FORMAT == 2:
+            v0, v1, v2, v3 = four_bits(b0, b1, entries, x.dtype.element_ty)
+        else:
+            v0, v1, v2, v3 = two_bits(b0, entries, x.dtype.element_ty)
         total += v0 * x0 + v1 * x1 + v2 * x2 + v3 * x3
         b0 = n0
         b1 = n1
@@ -132,44 +126,51 @@ def _coded_sum(
 
 
 @triton.jit
-def _coded_share(
-    x, squares, out, arena, record, table, row, first, stop, stride, FORMAT: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program's share of the directions at a format: K from `first` on, every `stride`, below `stop`."""
-    rows = part(arena, record, _STARTS + FORMAT)
-    rows -= number(record, _FIRSTS + FORMAT - 1) * (D >> (FORMAT - 1))
-    for start in range(first, stop, stride):
-        direction = start + tl.arange(0, K)
-        inside = direction < stop
-        total = _coded_sum(x, rows, table, direction, stop, FORMAT, D, K, BLOCK, PDL)
-        total *= row_scales(arena, record, direction, inside, FORMAT, R)
-        _store(total, squares, out, record, row, direction, inside, D, NORM, BLOCKS, PADDED, EPS)
+def _bytes(at, mask, FORMAT: tl.constexpr, QUARTER: tl.constexpr):
+    """What lies at `at` of each quarter that has bytes of its own: one at 2 bits, two at 4, all four at 8."""
+    b0 = tl.load(at, mask=mask, other=0)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    if FORMAT <= 2:
+        b1 = tl.load(at + QUARTER, mask=mask, other=0)
+    if FORMAT == 1:
+        b2 = tl.load(at + 2 * QUARTER, mask=mask, other=0)
+        b3 = tl.load(at + 3 * QUARTER, mask=mask, other=0)
+    return b0, b1, b2, b3
 
 
 @triton.jit
-def _store(
-    total, squares, out, record, row, direction, inside, D: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
-    PADDED: tl.constexpr, EPS: tl.constexpr,
+def _coded_unit(
+    x, u, four, arena, record, entries, first, stop, weight, FORMAT: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Directions times what multiplies the row's update, and the norm."""
-    total *= number(record, _WEIGHT).to(tl.float32, bitcast=True)
-    if NORM:
-        total *= rstd_of(squares, row, BLOCKS, PADDED, D, EPS)
-    tl.store(out + direction, total, mask=inside)
+    """K directions from `first` on, those below `stop`; FORMAT 1, 2, 3: at 8, 4, 2 bits."""
+    rows = part(arena, record, _STARTS + FORMAT) - number(record, _FIRSTS + FORMAT - 1) * (D >> (FORMAT - 1))
+    direction = first + tl.arange(0, K)
+    inside = direction < stop
+    scale = row_scales(arena, record, direction, inside, FORMAT, R)
+    total = _coded_sum(x, four, rows, entries, direction, stop, FORMAT, D, K, BLOCK)
+    tl.store(u + direction, total * weight * scale, mask=inside)
+
+
+@triton.jit
+def _fetch_rows(arena, record, block, first, stop, FORMAT: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """Directions `first` to `stop` of a block of B', SIZE bytes each."""
+    if stop > first and SIZE % 16 == 0:
+        fetch(block_rows(arena, record, block, FORMAT, SIZE) + first * SIZE, (stop - first) * SIZE, PDL)
 
 
 @triton.jit
 def shrink_share(
-    x, squares, u, records, arena, levels, pairs, site, program,
-    D: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr, M: tl.constexpr,
-    NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, u, four, records, arena, levels, pairs, site, program, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    N2: tl.constexpr, Q: tl.constexpr, ALL: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program number `program` of B * MEMBERS * SHARES: its part of the directions of one row and member.
+    """Program number `program` of B * MEMBERS * SHARES: its units of one row and member.
 
-    Waits where it reads anything of the kernel before; a program without directions just ends.
+    It also has its share of B' fetched, which the next kernel reads: of N_i outputs in blocks of Q; 16-bit rows only
+    with ALL.
     """
     row = program // (MEMBERS * SHARES)
     member = program // SHARES % MEMBERS
@@ -178,58 +179,90 @@ def shrink_share(
     end8 = number(record, _ENDS + 1)
     end4 = number(record, _ENDS + 2)
     end2 = number(record, _ENDS + 3)
-    mine = x + row * D
-    out = u + (row * MEMBERS + member) * R
-    share = program % SHARES
-    for start in range(share * K, end16, SHARES * K):
-        direction = start + tl.arange(0, K)
-        rows = part(arena, record, _STARTS).to(tl.pointer_type(x.dtype.element_ty))
-        total = _wide_sum(mine, rows, direction, end16, D, K, BLOCK, PDL)
-        _store(total, squares, out, record, row, direction, direction < end16, D, NORM, BLOCKS, PADDED, EPS)
-    if end4 > end8:
-        _coded_share(
-            mine, squares, out, arena, record, levels, row, end8 + share * K, end4, SHARES * K, 2, D, R, NORM, BLOCKS,
-            PADDED, EPS, K, BLOCK // 4, PDL,
-        )  # fmt: skip
-    if end2 > end4:
-        # The last share begins, so that who has more at 4 bits has fewer here.
-        _coded_share(
-            mine, squares, out, arena, record, pairs, row, end4 + (SHARES - 1 - share) * K, end2, SHARES * K, 3, D, R,
-            NORM, BLOCKS, PADDED, EPS, K, BLOCK // 4, PDL,
-        )  # fmt: skip
-    if end8 > end16:
-        # Few directions are read at 8 bits: one at a time, or most of a tile would be for nothing.
-        _coded_share(
-            mine, squares, out, arena, record, levels, row, end16 + share, end8, SHARES, 1, D, R, NORM, BLOCKS, PADDED,
-            EPS, 1, BLOCK // 4, PDL,
-        )  # fmt: skip
+    weight = number(record, _WEIGHT).to(tl.float32, bitcast=True)
+    x += row * D
+    u += (row * MEMBERS + member) * R
+    outputs = tl.where(member == 0, N0, tl.where(member == 1, N1, N2))
+    size16: tl.constexpr = Q * x.dtype.element_ty.primitive_bitwidth // 8
+    for block in range(program % SHARES, tl.cdiv(outputs, Q), SHARES):
+        if ALL:
+            _fetch_rows(arena, record, block, 0, end16, 0, size16, PDL)
+        _fetch_rows(arena, record, block, end16, end8, 1, Q, PDL)
+        _fetch_rows(arena, record, block, end8, end4, 2, Q // 2, PDL)
+        _fetch_rows(arena, record, block, end4, end2, 3, Q // 4, PDL)
+    # Units at 16, 4 and 2 bits end here, one format after the other. At 8 bits, of which there are few, a direction is
+    # a unit.
+    last16 = tl.cdiv(end16, K)
+    last4 = last16 + tl.cdiv(end4 - end8, K)
+    last2 = last4 + tl.cdiv(end2 - end4, K)
+    for unit in range(program % SHARES, last2 + end8 - end16, SHARES):
+        if unit < last16:
+            direction = unit * K + tl.arange(0, K)
+            rows = part(arena, record, _STARTS).to(tl.pointer_type(x.dtype.element_ty))
+            total = _wide_sum(x, rows, direction, end16, D, K, WIDE)
+            tl.store(u + direction, total * weight, mask=direction < end16)
+        elif unit < last4:
+            first = end8 + (unit - last16) * K
+            _coded_unit(x, u, four, arena, record, levels, first, end4, weight, 2, D, R, K, BLOCK // 4)
+        elif unit < last2:
+            first = end4 + (unit - last4) * K
+            _coded_unit(x, u, four, arena, record, pairs, first, end2, weight, 3, D, R, K, BLOCK // 4)
+        else:
+            first = end16 + unit - last2
+            _coded_unit(x, u, four, arena, record, levels, first, end8, weight, 1, D, R, 1, BLOCK // 4)
 
 
 @triton.jit
 def _shrink(
-    x, squares, u, records, arena, levels, pairs, site,
-    D: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr, M: tl.constexpr,
-    NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, u, four, ready, records, arena, levels, pairs, site, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    N2: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr, SHRINK_BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
+    # The linear before this says when x is there, and goes on beside it. One thread looks for all.
+    while tl.atomic_add(ready + site, 0, sem="acquire") == 0:
+        pass
     shrink_share(
-        x, squares, u, records, arena, levels, pairs, site, tl.program_id(0), D, R, MEMBERS, SHARES, M, NORM, BLOCKS,
-        PADDED, EPS, K, BLOCK, PDL,
+        x, u, four, records, arena, levels, pairs, site, tl.program_id(0), D, N0, N1, N2, Q, False, R, MEMBERS, SHARES,
+        M, K, SHRINK_BLOCK, WIDE, PDL,
     )  # fmt: skip
+    wait(PDL)
 
 
-def shrink(
-    x: Tensor, u: Tensor, reads: Reads, site: int, norm: Norm | None, *, directions: int = 4, shares: int = 8,
-    inputs: int = 2048, warps: int = 4,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Shares:
+    """How the work of a row and member is cut; measured, not derived (docs/log.md)."""
+
+    programs: int
+    directions: int
+    """Of a program at a time at 16, 4 and 2 bits; at 8 bits it is one."""
+    inputs: int
+    """Columns of a step, all quarters together"""
+    wide: int
+    """At 16 bits"""
+    warps: int
+
+    @classmethod
+    def of(cls, batch: int, width: int, directions: int) -> Shares:
+        """The best found for rows of `width`, of up to so many directions."""
+        inputs, wide = min(2048, triton.next_power_of_2(width)), min(1024, triton.next_power_of_2(width))
+        return cls(directions, 1, inputs, wide, 8) if batch == 1 else cls(8, 4, inputs, inputs, 4)
+
+    def constants(self) -> dict[str, int]:
+        """A kernel's."""
+        return {"SHARES": self.programs, "K": self.directions, "SHRINK_BLOCK": self.inputs, "WIDE": self.wide}
+
+
+def shrink(x: Tensor, update: Shrink, sizes: list[int], *, shares: Shares | None = None) -> None:
     """x [B, D] in the model's dtype -> u [B, members, R] float32 of module numbers `site` and those behind it; of each
-    row as many directions as its rung reads, the rest of u is left as it is."""
-    batch, width = x.shape
-    members, most = u.shape[1:]
-    norms, constants = Norm.arguments(norm, x)
-    _shrink[(batch * members * shares,)](
-        x, norms, u, *reads.tensors, site, D=width, R=most, MEMBERS=members, SHARES=shares, M=reads.records.shape[1],
-        K=directions, BLOCK=min(inputs, triton.next_power_of_2(width)), num_warps=warps, **constants,
-        **dependent(x.device),
+    row as many directions as its rung reads, the rest of u is left as it is.
+
+    Launched right behind a `linear` of outputs `sizes` that reads the same x, and writes `ready`.
+    """
+    (batch, width), (members, most) = x.shape, update.u.shape[1:]
+    shares = shares or Shares.of(batch, width, most)
+    _shrink[(batch * members * shares.programs,)](
+        x, update.u, 4, update.ready, *update.reads.tensors, update.site, D=width, N0=sizes[0], N1=sizes[1],
+        N2=sizes[2], Q=update.columns, R=most, MEMBERS=members, M=update.reads.records.shape[1], **shares.constants(),
+        num_warps=shares.warps, **dependent(x.device),
     )  # fmt: skip

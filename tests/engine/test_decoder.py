@@ -12,7 +12,6 @@ from runtime.control.record import Keep
 from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
 from runtime.engine import decoder as decoders
 from runtime.engine import step
-from runtime.engine.branch import Branch
 from runtime.engine.buffers import Buffers, Pool
 from runtime.engine.decoder import pages_for, probed_layers, splits_for
 from runtime.engine.graph import Graph
@@ -197,13 +196,12 @@ def test_buffers_are_views_of_what_they_have(llama, rows):
     }
 
 
-def test_a_branch_and_a_graph_do_what_they_are_given(device):
+def test_a_graph_does_what_it_is_given(device):
     x, y = torch.zeros(3, device=device), torch.zeros(3, device=device)
-    branch = Branch(device)
 
     def work():
-        with branch.beside(lambda: x.add_(1)):
-            y.add_(10)
+        x.add_(1)
+        y.add_(10)
         y.add_(x)
 
     graph = Graph(work, device)

@@ -16,7 +16,6 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from policy.settings import PAGE_TOKENS
 from runtime.control.signals import distant_attention
-from runtime.engine.branch import Branch
 from runtime.engine.buffers import Buffers, Pool
 from runtime.engine.model import model_of, why_not
 from runtime.engine.step import Forward
@@ -110,7 +109,7 @@ class Batch:
         last = self.model.shape.layers - 1
         self.forward = Forward(
             self.model, None if store is None else store.tables, reads, Pool.of(self.model, 2 * len(prompts)), b,
-            splits, (last,), RECENT_PAGES, Branch(device),
+            splits, (last,), RECENT_PAGES,
         )  # fmt: skip
         b.lengths.copy_(torch.tensor(prompts))
         b.table.copy_(torch.arange(2 * len(prompts)).flip(0).view(-1, 2))
@@ -118,7 +117,6 @@ class Batch:
             self.prefill(row, length)
         for own in (b.r, b.normed, b.squares, b.y, b.u, b.query, b.attended, b.inner, b.logits, b.distant):
             own.fill_(torch.nan)
-        b.counts.fill_(5)
 
     def prefill(self, row: int, length: int) -> None:
         """A row's prompt in its pages; a cache of a window has the last tokens alone."""

@@ -17,26 +17,26 @@ EPS = 0.1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])
 @pytest.mark.parametrize(
-    ("inputs", "sizes", "biased", "normed", "tiles"),
+    ("inputs", "sizes", "normed", "tiles"),
     [
-        (100, (63, 3, 100), True, True, Tiles(16, 32, 4, 2)),
-        (63, (1, 40), True, False, None),
-        (1, (3,), False, True, None),
-        (300, (5, 1, 33), False, True, None),
+        (100, (63, 3, 100), True, Tiles(16, 32, 4, 2)),
+        (63, (1, 40), False, None),
+        (1, (3,), True, None),
+        (300, (5, 1, 33), True, None),
     ],
 )
-def test_linears_that_share_their_input(inputs, sizes, biased, normed, tiles, batch, dtype, device):
+def test_linears_that_share_their_input(inputs, sizes, normed, tiles, batch, dtype, device):
     random = torch.Generator().manual_seed(batch)
 
     def drawn(*shape):
         return guarded(torch.randn(*shape, generator=random).to(device, dtype))
 
-    x, weights, biases = drawn(batch, inputs), [drawn(n, inputs) for n in sizes], [drawn(n) for n in sizes]
+    x, weights = drawn(batch, inputs), [drawn(n, inputs) for n in sizes]
     squares = guarded(torch.rand(batch, 3, generator=random).to(device) * inputs / 15)
     y = poisoned(batch, sum(sizes), device=device)
-    norm = Norm(squares, EPS) if normed else None
-    linear(x, tuple(weights), y, biases=tuple(biases) if biased else None, norm=norm, tiles=tiles)
+    norm = Norm(squares, EPS, inputs) if normed else None
+    linear(x, tuple(weights), y, norm=norm, tiles=tiles)
     check_guards(y)
-    options = {"squares": squares if normed else None, "eps": EPS, "biases": biases if biased else None}
+    options = {"squares": squares if normed else None, "eps": EPS}
     truth = reference.linear(x.double(), weights, **options)
     check_near(y, reference.linear(x, weights, **options), truth)

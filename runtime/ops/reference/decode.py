@@ -35,33 +35,35 @@ def resolve(
     return ends, parts[own, bank_of[own, at].long()]
 
 
-def linear(
-    x: Tensor, weights: Sequence[Tensor], *, biases: Sequence[Tensor] | None = None, squares: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """[B, sum of N_i]: W x + bias of linears that share x [B, D], weights [N_i, D], biases [N_i].
+def linear(x: Tensor, weights: Sequence[Tensor], *, squares: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    """[B, sum of N_i]: W x of linears that share x [B, D], weights [N_i, D].
 
     With squares [B, blocks], of which a row's sum is that of a residual r, x is r * weight, and W x is that of its RMS
     norm.
     """
     wide = _wide(x)
     y = wide @ torch.cat(list(weights)).to(wide.dtype).T
-    if squares is not None:
-        y = y * _rstd(squares, x.shape[1], eps, wide.dtype)
-    return y if biases is None else y + torch.cat(list(biases)).to(wide.dtype)
+    return y if squares is None else y * _rstd(squares, x.shape[1], eps, wide.dtype)
 
 
-def updates(
-    x: Tensor, factors: Sequence[Factors], weight: Tensor, *, squares: Tensor | None = None, eps: float = 0.0
-) -> Tensor:  # fmt: skip
+def updates(x: Tensor, factors: Sequence[Factors], weight: Tensor) -> Tensor:
     """[B, N]: weight * b.T (a x), what every row's own adapter adds to the outputs of one linear.
 
-    x [B, D] and squares as `linear` has them; of every row its factors and weight [B].
+    x [B, D]; of every row its factors and weight [B].
     """
     wide = _wide(x)
     rows = [own @ a.to(wide.dtype).T @ b.to(wide.dtype) for own, (a, b) in zip(wide, factors, strict=True)]
-    y = torch.stack(rows) * weight[:, None].to(wide.dtype)
-    return y if squares is None else y * _rstd(squares, x.shape[1], eps, wide.dtype)
+    return torch.stack(rows) * weight[:, None].to(wide.dtype)
+
+
+def settle(
+    y: Tensor, *, squares: Tensor | None = None, width: int = 1, eps: float = 0.0,
+    biases: Sequence[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """y [B, N] of linears, updates included, normed where their input [B, width] has yet to be; with biases [N_i]."""
+    if squares is not None:
+        y = y * _rstd(squares, width, eps, y.dtype)
+    return y if biases is None else y + torch.cat(list(biases)).to(y.dtype)
 
 
 def add_residual(y: Tensor, r: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
