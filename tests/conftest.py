@@ -18,7 +18,7 @@ from torch import nn
 # Read when huggingface_hub is imported, and the conftest of a folder named on the command line does that before
 # pytest_configure.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Read when a kernel is defined: without a GPU kernels run in Triton's interpreter.
+# Read when a kernel is defined: without a GPU kernels run in Triton's interpreter, and with one where 1 asks for it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -43,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: on a GPU where there is one and TRITON_INTERPRET=1 does not ask for the interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,8 @@
 """What the tests of the engine share: a tiny model, two ladders of it, and a policy that decides among their rungs."""
 
 import pytest
-import torch
 
 from tests.engine import tiny
-
-
-@pytest.fixture(scope="session")
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
