@@ -95,13 +95,19 @@ class FastPath:
     def generate(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What `model.generate` returns: ids [B, T] and the new tokens behind them, padded where rows have ended."""
         options = Options.of(self.hf, ids, kwargs)
-        cache, logits = self._prefill(ids, kwargs)
         if options.streamer is not None:
             options.streamer.put(ids.cpu())
-        decoder = self._begin(ids, cache, logits, options)
+        decoder, cache = self.begin(ids, kwargs, options)
         new = self._decode(decoder, len(ids), options)
         self._account(decoder, cache, new, options)
         return torch.cat([ids, new], 1)
+
+    @torch.no_grad()
+    def begin(self, ids: Tensor, kwargs: dict[str, Any], options: Options) -> tuple[Decoder, AdaptiveCache]:
+        """The prompt through the reference path: a decoder whose first rows go on from there, their first tokens chosen,
+        and the cache that the prompt has left; arguments as `generate` has them."""
+        cache, logits = self._prefill(ids, kwargs)
+        return self._begin(ids, cache, logits, options), cache
 
     def _prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> tuple[AdaptiveCache, Tensor]:
         operating = self.run.plan.operating
