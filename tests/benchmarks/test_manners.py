@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = {
-    "controller": "load_model", "decode": "gate", "kv": "load_model", "ladder": "random_factors",
-    "memory": "LlamaConfig", "reference": "copy_bandwidth",
+    "agreement": "load_model", "controller": "load_model", "decode": "gate", "kv": "load_model",
+    "ladder": "random_factors", "memory": "LlamaConfig", "reference": "copy_bandwidth",
 }  # fmt: skip
 """What each one calls first when it gets to work."""
 
@@ -110,6 +110,8 @@ BAD_FLAGS = [
     *[("ladder", "--repeats", value) for value in ("0", "-3")],
     *[("decode", flag, "0") for flag in ("--context", "--batch-context", "--adapters", "--repeats")],
     ("decode", "--adapters", str(10**12)),
+    *[("agreement", flag, "0") for flag in ("--rows", "--batch", "--tokens", "--prompt-tokens")],
+    ("agreement", "--rungs", "-1"),
     *[("reference", flag, "0") for flag in ("--batch", "--prompt-tokens", "--new-tokens", "--repeats")],
     ("reference", "--new-tokens", "1"),
     ("reference", "--batch", str(10**12)),
