@@ -7,7 +7,7 @@ import pytest
 from runtime import load_adapter
 from runtime.plan import plan_run, static_plan
 from tests.engine import tiny
-from tests.gpu.engine.serving import LENGTHS, Serving, served
+from tests.gpu.engine.serving import LENGTHS, Serving, endless, served
 from tests.runtime.reference import handmade_ladder
 
 
@@ -21,13 +21,13 @@ def ladders(tiny_llama_factory, make_peft_adapter, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama(tiny_llama_factory, device):
-    return tiny_llama_factory().to(device)
+    return endless(tiny_llama_factory()).to(device)
 
 
 @pytest.fixture(scope="session")
 def exact(tiny_llama_factory):
     """The same model in float64 on the host."""
-    return tiny_llama_factory().double()
+    return endless(tiny_llama_factory()).double()
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,14 @@ class Serving:
         return torch.cat([self.prompts[row], made.log[row, : count - 1].cpu()])
 
 
+def endless(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which ends no text and never likes padding best, as the paths count that differently."""
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0
+    return model
+
+
 def asked(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
     """Ids of random prompts of these lengths, padded on the left, and what else `generate` is given."""
     columns, generator = max(lengths), torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -11,15 +12,15 @@ from transformers import LlamaConfig
 
 from policy import LearnedPolicy, Operating, RankPolicy, Settings
 from policy.contract import Decision
-from runtime import build_ladder, generate, load_adapter
+from runtime import build_ladder, load_adapter
 from runtime.engine.decoder import Decoder
 from runtime.engine.graph import WARM_UPS
 from runtime.generate.fast import FastPath
-from runtime.plan import RunPlan
+from runtime.plan import RunPlan, plan_run, static_plan
 from runtime.reference.adaptive import activate
 from tests.engine import tiny
 from tests.engine.tiny import BUDGETS
-from tests.gpu.engine.serving import LENGTHS, NEW_TOKENS, asked
+from tests.gpu.engine.serving import LENGTHS, NEW_TOKENS, asked, endless
 from tests.runtime.reference import seeded_model
 
 pytestmark = pytest.mark.gpu
@@ -43,59 +44,63 @@ def made(monkeypatch):
     return found
 
 
-def both(model, adapter, lengths, **options):
-    """New tokens of both paths, which are equal, and mean ranks of the rows; those of the engine."""
+def both(model, plan, lengths, operating=()):
+    """New tokens of rows of these lengths and their mean ranks, equal on both paths, of a plan and with other values of
+    what its rows may spend: nothing is compiled for those."""
     ids, given = asked(model, lengths)
-    fast, reference = (generate(model, adapter, ids, **given, **options, fast=way) for way in (True, False))
-    assert fast.path.startswith("fast: ")
-    assert reference.path == "reference: fast=False"
-    assert fast.sequences.tolist() == reference.sequences.tolist()
-    assert fast.row_mean_rank == pytest.approx(reference.row_mean_rank, rel=1e-9)
-    return fast.sequences[:, ids.shape[1] :].tolist(), fast.row_mean_rank
+    found = []
+    with activate(model, plan) as run:
+        path = FastPath(model, run)
+        for own in (plan.operating, *operating):
+            run.plan = replace(plan, operating=own)
+            pair = []
+            for tokens in (lambda: path.generate(ids, given), lambda: model.generate(ids, **given)):
+                pair.append((tokens()[:, ids.shape[1] :].tolist(), run.row_mean_rank()))
+            assert pair[0][0] == pair[1][0]
+            assert pair[0][1] == pytest.approx(pair[1][1], rel=1e-9)
+            found.append(pair[0])
+    return found
 
 
-def test_one_row_at_every_rung(llama, ladders):
-    found = [both(llama, ladders[0], LENGTHS[:1], rung=rung)[0] for rung in ladders[0].rungs]
-    assert len({tuple(own) for (own,) in found}) > 3, "rungs that say the same would prove nothing"
+@pytest.mark.parametrize("kind", ["handmade", "svd"])
+def test_one_row_at_every_rung(llama, ladders, tiny_adapter, kind):
+    ladder = ladders[0] if kind == "handmade" else build_ladder(load_adapter(tiny_adapter), (1, 2, 4))
+    plans = [static_plan(ladder, rung) for rung in ladder.rungs]
+    found = both(llama, plans[0], LENGTHS[:1], [plan.operating for plan in plans[1:]])
+    assert len({tuple(own) for (own,), _ in found}) > len(plans) // 2, "rungs that say the same would prove nothing"
 
 
 def test_rows_at_rungs_of_adapters_of_their_own(llama, ladders):
-    a, b, _ = ladders
-    rungs = [a.rungs[j] for j in (5, 2, 4)]
-    tokens, ranks = both(llama, [a, b, a], LENGTHS, rung=rungs)
-    swapped, _ = both(llama, [b, a, b], LENGTHS, rung=rungs)
+    rungs = [ladders[0].rungs[j] for j in (5, 2, 4)]
+    plan, swapped = (static_plan(ladders[:2], rungs, numbers) for numbers in ([0, 1, 0], [1, 0, 1]))
+    (tokens, ranks), (others, _) = both(llama, plan, LENGTHS, [swapped.operating])
     assert len(set(ranks)) == 3
-    assert all(own != other for own, other in zip(tokens, swapped, strict=True))
+    assert all(own != other for own, other in zip(tokens, others, strict=True))
 
 
-def test_a_svd_ladder(llama, tiny_adapter):
-    ladder = build_ladder(load_adapter(tiny_adapter))
-    for lengths in (LENGTHS[:1], LENGTHS):
-        tokens = [both(llama, ladder, lengths, rung=rung)[0] for rung in (8, 2)]
-        assert tokens[0] != tokens[1]
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_every_head_has_keys_of_its_own(device, count):
+def test_every_head_has_keys_of_its_own(device):
     config = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, initializer_range=0.2, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = seeded_model(config).to(device)
-    with torch.no_grad():
-        model.lm_head.weight[0] = 0  # padding, which the paths count differently, is never the best
-    both(model, tiny.ladder(model), LENGTHS[:count], rung=2)
+    model = endless(seeded_model(config)).to(device)
+    ladder = tiny.ladder(model)
+    both(model, static_plan(ladder, [ladder.rungs[j] for j in (3, 5, 1)], [0] * 3), LENGTHS)
+
+
+def deciding(adapters, learned, budgets):
+    return plan_run(adapters, policy=learned, budget=budgets, model_fingerprint=learned.fingerprints["model"])
 
 
 def test_one_row_is_decided_for(llama, ladders, learned, made):
-    both(llama, ladders[1], LENGTHS[:1], policy=learned, budget=0.45)
+    both(llama, deciding([ladders[1]], learned, [0.45]), LENGTHS[:1])
     assert made[0].bucket.decides
     assert len(made[0].rungs[0, : NEW_TOKENS - 1].unique()) > 1
 
 
 def test_rows_of_budgets_and_adapters_of_their_own_are_decided_for(llama, ladders, learned, made):
     a, b, _ = ladders
-    both(llama, [a, b, a], LENGTHS, policy=learned, budget=list(BUDGETS))
+    both(llama, deciding([a, b, a], learned, list(BUDGETS)), LENGTHS)
     rungs = made[0].rungs[:3, : NEW_TOKENS - 1]
     assert len(rungs.unique()) >= 3
     assert all(len(own.unique()) > 1 for own in rungs)
@@ -167,6 +172,6 @@ def test_the_steps_of_a_generation_are_replays(llama, ladders, made, monkeypatch
 
     for name in calls:
         monkeypatch.setattr(Decoder, name, noted(name, getattr(Decoder, name)))
-    both(llama, ladders[0], LENGTHS, rung=ladders[0].rungs[3])
+    both(llama, static_plan(ladders[0], [ladders[0].rungs[3]] * 3, [0] * 3), LENGTHS)
     assert len(made) == 1
     assert calls == {"step": WARM_UPS + 1, "run": NEW_TOKENS - 1}
