@@ -104,8 +104,8 @@ class FastPath:
 
     @torch.no_grad()
     def begin(self, ids: Tensor, kwargs: dict[str, Any], options: Options) -> tuple[Decoder, AdaptiveCache]:
-        """The prompt through the reference path: a decoder whose first rows go on from there, their first tokens chosen,
-        and the cache that the prompt has left; arguments as `generate` has them."""
+        """The prompt through the reference path: a decoder whose first rows go on from there, first tokens chosen, and
+        the cache that the prompt has left; arguments as `generate` has them."""
         cache, logits = self._prefill(ids, kwargs)
         return self._begin(ids, cache, logits, options), cache
 
