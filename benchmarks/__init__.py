@@ -1,6 +1,7 @@
 """What the project costs, measured: each command states the physical limit first and is gated on correctness.
 
     python -m benchmarks.decode    the engine's milliseconds a step, beside the bytes that no version can avoid reading
+    python -m benchmarks.kernels   the same of each kernel of a step alone
     python -m benchmarks.reference the same of the reference path, beside PEFT's
     python -m benchmarks.ladder    factoring an adapter, against the dense SVD
     python -m benchmarks.kv        what compressed KV pages save, and what they cost in perplexity

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from runtime.engine.store import Module
+from runtime.engine.store import AdapterStore, Module, Table, packed_ladder
 from runtime.ladder import Directions, Ladder
 from runtime.ladder.banks import MIXED
-from runtime.ladder.formats import CODED, PLANES, Rows, wide_rows
+from runtime.ladder.formats import BITS, CODED, PLANES, Rows, wide_rows
+from runtime.ops.packed import ALIGNMENT, ROWS, STARTS_A, STARTS_B
 from runtime.packing import packed_length
 
 RANK = 64
@@ -50,3 +51,30 @@ def random_ladder(modules: Mapping[str, Module], dtype: torch.dtype, device: tor
     return Ladder(
         MIXED, tuple(MIX), banks, (*(0 for _ in list(MIX)[:-1]), 1), edges, (1.0,) * len(MIX), f"random-{seed}"
     )
+
+
+def fill(store: AdapterStore, ladder: Ladder, count: int) -> None:
+    """Put `count` adapters with the ladder's table into the store, each in bytes of its own.
+
+    Codes are drawn anew for every one of them, scales and 16-bit values are the ladder's. The ladder is packed once, so
+    that hundreds take seconds, and no more than what is resident of them is ever in memory.
+    """
+    table, blob = packed_ladder(ladder, store.modules, store.directions, store.dtype, store.device)
+    coded = _coded(table, store.modules, blob)
+    generator = torch.Generator(store.device).manual_seed(1)
+    for _ in range(count):
+        drawn = torch.randint(0, 256, blob.shape, dtype=torch.uint8, device=store.device, generator=generator)
+        store.put(ladder, table, torch.where(coded, drawn, blob))
+
+
+def _coded(table: Table, modules: Mapping[str, Module], blob: Tensor) -> Tensor:
+    """Which bytes of what `packed_ladder` has made are codes, bool like blob."""
+    coded = torch.zeros_like(blob, dtype=torch.bool)
+    for (_, name), row in table.items():
+        own = modules[name]
+        widths = {STARTS_A: own.inputs, STARTS_B: -(-own.outputs // own.columns) * own.columns}
+        for first, width in widths.items():
+            for f, bits in enumerate(BITS[1:], 1):
+                start = row[first - STARTS_A + f] * ALIGNMENT
+                coded[start : start + row[ROWS - STARTS_A + f] * width * bits // 8] = True
+    return coded

@@ -73,7 +73,10 @@ class AdapterStore:
         is room for, and MemoryError when slots or bytes are used up.
         """
         self._check(ladder)
-        table, blob = packed_ladder(ladder, self.modules, self.directions, self.dtype, self.device)
+        return self.put(ladder, *packed_ladder(ladder, self.modules, self.directions, self.dtype, self.device))
+
+    def put(self, ladder: Ladder, table: Table, blob: Tensor) -> int:
+        """`load` of what `packed_ladder` made of the ladder already. Raises MemoryError as `load` does."""
         with self._lock:
             slot = next((i for i, own in enumerate(self.ladders) if own is None), None)
             if slot is None:

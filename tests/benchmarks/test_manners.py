@@ -9,10 +9,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = {
-    "agreement": "load_model", "controller": "load_model", "decode": "gate", "kv": "load_model",
+    "agreement": "load_model", "controller": "load_model", "decode": "gate", "kernels": "gate", "kv": "load_model",
     "ladder": "random_factors", "memory": "LlamaConfig", "reference": "copy_bandwidth",
 }  # fmt: skip
 """What each one calls first when it gets to work."""
@@ -112,6 +113,7 @@ BAD_FLAGS = [
     ("decode", "--adapters", str(10**12)),
     *[("agreement", flag, "0") for flag in ("--rows", "--batch", "--tokens", "--prompt-tokens")],
     ("agreement", "--rungs", "-1"),
+    *[("kernels", flag, "0") for flag in ("--context", "--batch-context", "--repeats")],
     *[("reference", flag, "0") for flag in ("--batch", "--prompt-tokens", "--new-tokens", "--repeats")],
     ("reference", "--new-tokens", "1"),
     ("reference", "--batch", str(10**12)),
@@ -140,6 +142,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, comma
         assert (status, out) == (2, "")
         assert re.fullmatch(r"error: --output: expected .*, got .*; .*\n", err)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["decode", "kernels"])
+def test_what_times_a_gpu_says_in_one_line_that_there_is_none(name, command, idle, tmp_path):
+    status, out, err = command(name, "--output", tmp_path / "record.json")
+    assert (status, out) == (2, "")
+    assert err == "error: device: expected a GPU, whose speed is measured, got cpu; run it on one\n"
 
 
 def test_a_window_beyond_the_models_context_is_one_line(command, tmp_path, monkeypatch):

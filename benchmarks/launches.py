@@ -1,0 +1,290 @@
+"""The kernels of a decode step, each as many launches over memory that no other launch of the same kernel touches.
+
+What a kernel costs depends on where its bytes are: in a step every layer's weights, directions and pages come from
+device memory, because the layers before have filled the cache with theirs. So a kernel is launched for one layer after
+the other, and where a single row's adapter is small for one adapter after the other. What was written a moment ago,
+activations, lies in the cache here as it does in a step.
+
+Shape legend: B rows, D hidden, F inner, V vocabulary, L layers, R directions at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policy.learned import LearnedPolicy
+from policy.operating import Operating
+from policy.settings import FULL_KV, Settings
+from runtime.control.bucket import Offer
+from runtime.control.stream import Stream
+from runtime.engine.control import Controller, Ladders
+from runtime.engine.decoder import pages_for, probed_layers, splits_for
+from runtime.engine.model import DOWN, GATE_UP, MEMBERS, OUT, QKV, Layer, Linears, Model, block_columns
+from runtime.engine.store import AdapterStore
+from runtime.ladder import Ladder
+from runtime.ladder.formats import BITS
+from runtime.ops.attention import AttentionScratch, decode_attention
+from runtime.ops.gated import gate_up
+from runtime.ops.linear import linear
+from runtime.ops.norm import Norm
+from runtime.ops.packed import Reads
+from runtime.ops.reference.sampling import Generated, Sampling, SamplingRows
+from runtime.ops.residual import add_residual, squares_of
+from runtime.ops.resolve import Rows, reads_for, resolve
+from runtime.ops.rotary import Heads, Pages, rotate
+from runtime.ops.sampling import SamplingScratch, sample
+from runtime.ops.shrink import Shrink, shrink
+
+from .ladders import MIX, RANK
+
+POOL_BYTES = 9 * 10**9
+"""Pages are made for as many layers as this holds."""
+AT_LEAST = 128
+"""Launches of a kernel that is short, so that the ends of a graph weigh nothing."""
+NO_ADAPTER = "none"
+SITES = {"qkv": QKV, "o": OUT, "gate_up": GATE_UP, "down": DOWN}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One line of the table: a kernel at a batch and, where it reads adapters, at a rung."""
+
+    name: str
+    batch: int
+    rung: int | str | None
+    """Equivalent rank; `none`: launched without adapters; None: it reads none"""
+    read_bytes: int
+    """Of one launch: weights, directions, keys and values, and what activations it takes, each once."""
+    launches: list[Callable[[], None]]
+    outputs: tuple[Tensor, ...]
+    """What it writes, to be looked at."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Makes them for B rows at `context` tokens; `store` holds at least B adapters with the rungs of `MIX`."""
+
+    model: Model
+    store: AdapterStore
+    ladder: Ladder
+    batch: int
+    context: int
+
+    def all(self) -> Iterator[Kernel]:
+        """Every kernel, in the order of a step."""
+        yield self._controller()
+        yield self._resolve()
+        yield from (self._linear(name) for name in SITES)
+        for name in SITES:
+            yield from (self._shrink(name, rung) for rung in (RANK, 16, 8, 4))
+        for make in (self._rotary, self._gated, self._residual):
+            yield from (make(rung) for rung in (RANK, 16, 8, 4, NO_ADAPTER))
+        yield self._attention()
+        yield self._head()
+        yield self._sampling("sampling, greedy", Sampling())
+        yield self._sampling("sampling, top-p", Sampling(temperature=0.8, top_p=0.9))
+
+    def _linears(self, layer: Layer, name: str) -> Linears:
+        found: Linears = getattr(layer, name)
+        return found
+
+    def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Small numbers, so that a residual that is added to over and over stays finite."""
+        return (0.01 * torch.randn(shape, device=self.model.device)).to(dtype)
+
+    def _norm(self) -> Norm:
+        hidden = self.model.shape.hidden
+        blocks = squares_of(self.batch, hidden, block_columns(hidden))
+        return Norm(torch.ones(self.batch, blocks, device=self.model.device), self.model.shape.eps)
+
+    def _input(self, name: str) -> tuple[Tensor, Norm | None]:
+        """x of the linears of a site, and whether it is the residual with a norm to come."""
+        width = self._linears(self.model.layers[0], name).weights[0].shape[1]
+        norm = self._norm() if name in ("qkv", "gate_up") else None
+        return self._random(self.batch, width, dtype=self.model.dtype), norm
+
+    def _linear(self, name: str) -> Kernel:
+        x, norm = self._input(name)
+        own = [self._linears(layer, name) for layer in self.model.layers]
+        y = torch.empty(self.batch, sum(map(len, own[0].weights)), device=x.device)
+        launches = [partial(linear, x, one.weights, y, biases=one.biases, norm=norm) for one in own]
+        return Kernel(f"linear {name}", self.batch, None, _nbytes(x, *own[0].weights), launches, (y,))
+
+    def _head(self) -> Kernel:
+        x, head = self._input("qkv")[0], self.model.head
+        y = torch.empty(self.batch, len(head), device=x.device)
+        # There is one, and it is larger than any cache.
+        launches = [partial(linear, x, (head,), y, norm=self._norm())] * 8
+        return Kernel("linear head", self.batch, None, _nbytes(x, head), launches, (y,))
+
+    def _rows(self, rung: int, first: int) -> Rows:
+        """Every row at a rung, of an adapter of its own from slot `first` on."""
+        device, count = self.model.device, len(self.store.ladders)
+        slots = (first + torch.arange(self.batch, dtype=torch.int32)) % count
+        index = torch.full((self.batch,), list(MIX).index(rung), dtype=torch.int32)
+        return Rows(slots.to(device), index.to(device), torch.ones(self.batch, device=device))
+
+    def _reads(self, rung: int) -> list[Reads]:
+        """What the rows read, as often with other adapters as it takes for `AT_LEAST` launches."""
+        found = []
+        times = max(1, min(AT_LEAST // self.model.shape.layers, len(self.store.ladders) // self.batch))
+        for number in range(times):
+            reads = reads_for(self.batch, len(self.store.modules), self.store.arena, self.model.dtype)
+            resolve(reads, self._rows(rung, number * self.batch), self.store.tables)
+            found.append(reads)
+        return found
+
+    def _updates(self, name: str, rung: int | str) -> list[tuple[int, Shrink | None]]:
+        """(layer, what is read of the adapters there) of every launch of a site."""
+        layers = range(self.model.shape.layers)
+        if isinstance(rung, str):
+            return [(layer, None) for layer in layers] * max(1, AT_LEAST // len(layers))
+        members = len(self._linears(self.model.layers[0], name).weights)
+        u = self._random(self.batch, members, self.store.directions)
+        return [
+            (layer, Shrink(u, reads, layer * len(MEMBERS) + SITES[name]))
+            for reads in self._reads(rung)
+            for layer in layers
+        ]
+
+    def _shrink(self, name: str, rung: int) -> Kernel:
+        x, norm = self._input(name)
+        launches, outputs = [], []
+        for _, update in self._updates(name, rung):
+            assert update is not None, "a rung reads something"
+            launches.append(partial(shrink, x, update.u, update.reads, update.site, norm))
+            outputs.append(update.u)
+        read = x.nbytes + self.batch * self._direction_bytes(name, rung, inputs=True)
+        return Kernel(f"shrink {name}", self.batch, rung, read, launches, (outputs[0],))
+
+    def _rotary(self, rung: int | str) -> Kernel:
+        model, s = self.model, self.model.shape
+        y = self._random(self.batch, (s.heads + 2 * s.kv_heads) * s.head_dim)
+        query = torch.empty(self.batch, s.heads, s.head_dim, dtype=model.dtype, device=model.device)
+        pages = self._pages(layers=1)[0]
+        launches = []
+        for layer, update in self._updates("qkv", rung):
+            own = model.layers[layer]
+            heads = Heads(model.cosine, model.sine, own.q_norm, own.k_norm, s.eps)
+            launches.append(partial(rotate, y, query, pages, heads, update=update))
+        read = y.nbytes + self._expand_bytes("qkv", rung)
+        return Kernel("expand rotary", self.batch, rung, read, launches, (query,))
+
+    def _gated(self, rung: int | str) -> Kernel:
+        inner = self.model.shape.inner
+        y = self._random(self.batch, 2 * inner)
+        h = torch.empty(self.batch, inner, dtype=self.model.dtype, device=y.device)
+        columns = block_columns(inner)
+        launches = [
+            partial(gate_up, y, h, columns=columns, update=update) for _, update in self._updates("gate_up", rung)
+        ]
+        return Kernel("expand gated", self.batch, rung, y.nbytes + self._expand_bytes("gate_up", rung), launches, (h,))
+
+    def _residual(self, rung: int | str) -> Kernel:
+        hidden, norm = self.model.shape.hidden, self._norm()
+        y, r = self._random(self.batch, hidden), self._random(self.batch, hidden)
+        normed = torch.empty(self.batch, hidden, dtype=self.model.dtype, device=y.device)
+        launches = [
+            partial(
+                add_residual, y, r, normed, norm.squares, self.model.layers[layer].inner_norm,
+                columns=block_columns(hidden), update=update,
+            )
+            for layer, update in self._updates("o", rung)
+        ]  # fmt: skip
+        read = _nbytes(y, r) + self._expand_bytes("o", rung)
+        return Kernel("expand residual", self.batch, rung, read, launches, (r, normed))
+
+    def _attention(self) -> Kernel:
+        model, s = self.model, self.model.shape
+        query = self._random(self.batch, s.heads, s.head_dim, dtype=model.dtype)
+        out = torch.empty(self.batch, s.heads * s.head_dim, dtype=model.dtype, device=model.device)
+        splits = splits_for(self.batch, s.kv_heads)
+        scratch = AttentionScratch.of(self.batch, s.heads, s.head_dim, splits, model.device) if splits > 1 else None
+        launches = [
+            partial(
+                decode_attention, query, pages.keys, pages.values, pages.table, pages.lengths, out, scratch,
+                splits=splits, scale=s.head_dim**-0.5, window=layer.window,
+            )
+            for pages, layer in zip(self._pages(s.layers), model.layers, strict=False)
+        ]  # fmt: skip
+        read = 2 * self.batch * self.context * s.kv_heads * s.head_dim * model.dtype.itemsize
+        return Kernel("attention", self.batch, None, read, launches, (out,))
+
+    def _pages(self, layers: int) -> list[Pages]:
+        """Full pages of so many layers, of fewer where they take more than `POOL_BYTES`."""
+        s, device, pages = self.model.shape, self.model.device, pages_for(self.context)
+        one = 2 * self.batch * pages * 16 * s.kv_heads * s.head_dim * self.model.dtype.itemsize
+        table = torch.arange(self.batch * pages, dtype=torch.int32, device=device).view(self.batch, pages)
+        lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=device)
+        found = []
+        for _ in range(min(layers, max(1, POOL_BYTES // one))):
+            shape = (self.batch * pages, s.kv_heads, 16, s.head_dim)
+            keys, values = (torch.randn(shape, dtype=self.model.dtype, device=device) for _ in range(2))
+            found.append(Pages(keys, values, table, lengths))
+        return found
+
+    def _controller(self) -> Kernel:
+        device, settings, s = self.model.device, Settings(kv=FULL_KV), self.model.shape
+        policy: Any = LearnedPolicy(tuple(MIX)).to(device)
+        rows = self._rows(RANK, 0)
+        ladders = Ladders.of(len(self.store.ladders), s.vocabulary, len(MIX), device)
+        controller = Controller(policy, settings, rows, ladders)
+        cost = (self.ladder.rung_bytes() / self.ladder.rung_bytes()[-1]).expand(self.batch, -1)
+        stream = Stream(settings, policy, Operating.at(0.0, torch.zeros(self.batch).long()), Offer.of(cost), device)
+        controller.load(torch.arange(self.batch, device=device), stream, rows.slot.clone())
+        tokens = torch.full((self.batch,), 3, device=device)
+        signals = torch.full((2, self.batch), 0.5, device=device)
+        probes = len(probed_layers(s.layers, settings.signals.attention_layers))
+        distant = torch.full((probes, self.batch, s.heads), 0.5, device=device)
+        network = sum(own.nbytes for own in policy.parameters())
+        # The network once, and of every row what it remembers.
+        state = sum(getattr(controller.state, name).nbytes for name in ("history", "gathered", "cost"))
+        launches = [partial(controller.step, tokens, signals[0], signals[1], distant)] * AT_LEAST
+        return Kernel("controller", self.batch, None, network + state + distant.nbytes, launches, (rows.weight,))
+
+    def _resolve(self) -> Kernel:
+        modules = len(self.store.modules)
+        reads = reads_for(self.batch, modules, self.store.arena, self.model.dtype)
+        launches = [partial(resolve, reads, self._rows(rung, 0), self.store.tables) for rung in MIX]
+        launches *= max(1, AT_LEAST // len(launches))
+        # Of every module four ends and sixteen numbers.
+        return Kernel("resolve", self.batch, None, self.batch * modules * 80, launches, (reads.records,))
+
+    def _sampling(self, name: str, sampling: Sampling) -> Kernel:
+        device, vocabulary = self.model.device, self.model.shape.vocabulary
+        logits = torch.randn(self.batch, vocabulary, device=device)
+        rows = SamplingRows.of(self.batch, device)
+        for row in range(self.batch):
+            rows.set(row, sampling)
+        generated = Generated.of(self.batch, vocabulary, 64, torch.full((1,), -1, device=device))
+        scratch = SamplingScratch.of(self.batch, vocabulary, device)
+        found = torch.zeros(2, self.batch, device=device)
+        launches = [partial(sample, logits, rows, generated, found[0], found[1], scratch)] * AT_LEAST
+        return Kernel(name, self.batch, None, logits.nbytes, launches, (found, generated.tokens))
+
+    def _expand_bytes(self, name: str, rung: int | str) -> int:
+        return 0 if isinstance(rung, str) else self.batch * self._direction_bytes(name, rung, inputs=False)
+
+    def _direction_bytes(self, name: str, rung: int, *, inputs: bool) -> int:
+        """What a row's rung reads of one layer's site: A' and the scales of both, or B'."""
+        wide, *coded = MIX[rung]
+        exact = torch.finfo(self.model.dtype).bits
+        bits = wide * exact + sum(count * own for count, own in zip(coded, BITS[1:], strict=True))
+        total = 0
+        for own in list(self.store.modules.values())[SITES[name] :][: self._members(name)]:
+            total += bits * (own.inputs if inputs else own.outputs) // 8
+            total += 4 * sum(coded) if inputs else 0
+        return total
+
+    def _members(self, name: str) -> int:
+        return len(self._linears(self.model.layers[0], name).weights)
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(own.nbytes for own in tensors)
