@@ -1,8 +1,14 @@
 """A LLaMA's decode step in plain PyTorch, as gpt-fast writes it: static tensors, one CUDA graph, compiled if asked for.
 
 What a decode step costs when nothing but PyTorch's own operations is used and nothing is launched by the host: the
-strongest opponent without kernels of one's own. The weights are those of a transformers model, not copies; every row
-may have a LoRA of its own, as two batched products.
+strongest opponent without kernels of one's own. So it is made as fast as it gets that way:
+
+- q, k and v are one product, gate and up another (`fuse`), and the residual is added in the product that makes it.
+- Rows of one token are multiplied as vectors where there is one row.
+- Query heads that share keys and values stand side by side as query positions, so nothing is repeated.
+- Attention is the fastest of PyTorch's own implementations at this very shape, measured once (`attention`).
+
+Every row may have a LoRA of its own, as two batched products for linears that share their input.
 
 Shape legend: B rows, S slots of the KV cache, H heads, Hkv KV heads, D head size, d hidden size, R rank.
 Source: https://github.com/meta-pytorch/gpt-fast
@@ -10,45 +16,28 @@ Source: https://github.com/meta-pytorch/gpt-fast
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel
 
-from .shapes import adapted_linears
-
-Adapters = dict[str, tuple[Tensor, Tensor]]
-"""A [B, R, d_in] and B [B, d_out, R] of every adapted linear by its path, each row's scale folded into its B."""
+from .attention import PREFERRED, fastest, side_stream
+from .fused import Fused, Update, fuse
 
 WARM_UPS = 3
 # Without it inductor leaves products with one row to cuBLAS; with it they become reductions, at the memory's speed.
 COMPILE: dict[str, Any] = {"coordinate_descent_tuning": True}
-
-# In this order: flash attention splits the context of a few rows over the whole GPU. It knows no float32.
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def random_adapters(model: PreTrainedModel, batch: int, rank: int) -> Adapters:
-    """An adapter for every row, in the model's dtype, of the size that `shapes.write_adapter` gives its own."""
-    options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-    return {
-        name: (
-            torch.randn(batch, rank, linear.in_features, **options).mul_(linear.in_features**-0.5),
-            torch.randn(batch, linear.out_features, rank, **options).mul_(0.16 * rank**-0.5),
-        )
-        for name, linear in adapted_linears(model).items()
-    }
 
 
 class GraphedPeer:
     """Greedy decoding of B rows at one context, a step at a time; eager where there is no GPU.
 
     tokens [B] long are fed by the next step and replaced with what it chooses. kv holds keys and values
-    [B, Hkv, S, D] of every layer, S = context, random at first: there is no prefill.
+    [2, B, Hkv, S, D] of every layer, S = context, random at first: there is no prefill. The model's own q, k, v, gate
+    and up weights become views of fused ones.
     """
 
     def __init__(
@@ -56,26 +45,26 @@ class GraphedPeer:
         model: PreTrainedModel,
         batch: int,
         context: int,
-        adapters: Adapters | None = None,
+        updates: list[dict[str, Update]] | None = None,
         *,
         compiled: bool = False,
     ) -> None:
         config, device = model.config, model.device
         self.model, self.context, self.compiled = model, context, compiled
-        self.adapters = adapters or {}
-        self.linears: dict[str, nn.Linear] = adapted_linears(model)
+        self.layers: list[dict[str, Fused]] = fuse(model)
+        self.updates: list[dict[str, Update]] = updates or []
         self.tokens = torch.full((batch,), 3, device=device)
-        shape = (batch, config.num_key_value_heads, context, config.head_dim)
-        self.kv = [
-            (torch.randn(shape, dtype=model.dtype, device=device), torch.randn(shape, dtype=model.dtype, device=device))
-            for _ in range(config.num_hidden_layers)
-        ]
+        shape = (2, batch, config.num_key_value_heads, context, config.head_dim)
+        self.kv = [torch.randn(shape, dtype=model.dtype, device=device) for _ in range(config.num_hidden_layers)]
         like = torch.empty(0, dtype=model.dtype, device=device)
         cos, sin = model.model.rotary_emb(like, torch.arange(context, device=device)[None])
         # The sign of `rotate_half` is in the table: a rotation is then a roll and two products.
         half = config.head_dim // 2
         self.cos, self.sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
         self.last = torch.tensor([context - 1], device=device)
+        # A compiler makes reductions of such products by itself.
+        self._vectors = batch == 1 and not compiled
+        self.attention = fastest(self._queries(batch), self.kv) if device.type == "cuda" else PREFERRED
         self._forward = torch.compile(self._decode, fullgraph=True, options=COMPILE) if compiled else self._decode
         self.graph = self._capture() if device.type == "cuda" else None
 
@@ -91,23 +80,30 @@ class GraphedPeer:
 
     def decode(self, position: int) -> None:
         """Decode every row's token at any slot, over the slots up to it: without a graph, never compiled."""
-        with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
+        with torch.no_grad(), sdpa_kernel(self.attention, set_priority=True):
             self._decode(torch.tensor([position], device=self.last.device), position + 1)
 
     def close(self) -> None:
         """Let go of all device memory but the model's."""
         if self.graph is not None:
             self.graph.reset()
-        self.graph, self.kv, self.adapters = None, [], {}
+        self.graph, self.kv, self.updates = None, [], []
         if self.compiled:
             torch.compiler.reset()
 
+    def _queries(self, batch: int) -> Tensor:
+        """Some queries [B, Hkv, H / Hkv, D]."""
+        config = self.model.config
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        shape = (batch, shared, heads // shared, config.head_dim)
+        return torch.randn(shape, dtype=self.model.dtype, device=self.last.device)
+
     def _launch(self) -> None:
-        with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
+        with torch.no_grad(), sdpa_kernel(self.attention, set_priority=True):
             self._forward(self.last, self.context)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        stream = _side_stream(self.last.device)
+        stream = side_stream(self.last.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -120,47 +116,47 @@ class GraphedPeer:
 
     def _decode(self, position: Tensor, length: int) -> None:
         """One step: position [1] long is the slot that is written, the last of the `length` that are read."""
-        model, size = self.model.model, self.model.config.head_dim
-        x = model.embed_tokens(self.tokens)[:, None]
+        model, config = self.model.model, self.model.config
+        batch, size, shared = len(self.tokens), config.head_dim, config.num_key_value_heads
+        heads = config.num_attention_heads
+        x = model.embed_tokens(self.tokens)
         cos, sin = self.cos[position], self.sin[position]
-        for index, (layer, (keys, values)) in enumerate(zip(model.layers, self.kv, strict=True)):
-            attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
-            h = _norm(layer.input_layernorm, x)
-            q, k, v = (self._linear(f"{attention}.{name}_proj", h).view(len(h), -1, 1, size) for name in "qkv")
-            keys.index_copy_(2, position, _rotate(k, cos, sin))
-            values.index_copy_(2, position, v)
+        for index, (layer, kv) in enumerate(zip(model.layers, self.kv, strict=True)):
+            qkv = self._product(index, "qkv", _norm(layer.input_layernorm, x)).view(batch, -1, size)
+            turned = qkv[:, : heads + shared]
+            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+            kv[0].index_copy_(2, position, turned[:, heads:, None])
+            kv[1].index_copy_(2, position, qkv[:, heads + shared :, None])
             # Without a mask, over exactly what is filled: a mask would cost the split of the context over the GPU.
-            read = F.scaled_dot_product_attention(
-                _rotate(q, cos, sin), keys[:, :, :length], values[:, :, :length], enable_gqa=k.shape[1] < q.shape[1]
-            )
-            x = x + self._linear(f"{attention}.o_proj", read.reshape(len(h), 1, -1))
-            h = _norm(layer.post_attention_layernorm, x)
-            h = F.silu(self._linear(f"{mlp}.gate_proj", h)) * self._linear(f"{mlp}.up_proj", h)
-            x = x + self._linear(f"{mlp}.down_proj", h)
-        logits = self.model.lm_head(_norm(model.norm, x))[:, 0]
+            query = turned[:, :heads].view(batch, shared, -1, size)
+            read = F.scaled_dot_product_attention(query, kv[0, :, :, :length], kv[1, :, :, :length])
+            x = self._product(index, "o", read.reshape(batch, -1), x)
+            h = self._product(index, "gate_up", _norm(layer.post_attention_layernorm, x))
+            gate, up = h.chunk(2, -1)
+            x = self._product(index, "down", F.silu(gate) * up, x)
+        logits = self._linear(_norm(model.norm, x), self.model.lm_head.weight, None)
         self.tokens.copy_(logits.argmax(-1))
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        """x [B, 1, d_in] through one linear and every row's own adapter -> [B, 1, d_out]."""
-        y = self.linears[name](x)
-        if name not in self.adapters:
-            return y
-        a, b = self.adapters[name]
-        if len(x) == 1:
-            return y + F.linear(F.linear(x, a[0]), b[0])
-        return y.baddbmm_(torch.bmm(x, a.mT), b.mT)
+    def _product(self, layer: int, site: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, d_in] through the linears of a site, and every row's own adapter -> [B, d_out], onto the residual."""
+        own = self.layers[layer][site]
+        if residual is None or own.bias is not None:
+            y = self._linear(x, own.weight, own.bias)
+            y = y if residual is None else y.add_(residual)
+        elif self._vectors:
+            y = residual.view(-1).addmv_(own.weight, x.view(-1)).view(1, -1)
+        else:
+            y = residual.addmm_(x, own.weight.T)
+        if self.updates and site in self.updates[layer]:
+            self.updates[layer][site].add(x, y)
+        return y
 
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where all peers warm up and are captured: cuBLAS keeps a workspace for good for every stream that it has seen."""
-    return torch.cuda.Stream(device)
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._vectors:
+            return F.linear(x, weight, bias)
+        y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
+        return y.view(1, -1)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [B, H, 1, D], with tables [1, D] of its position."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)

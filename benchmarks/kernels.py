@@ -26,11 +26,12 @@ from runtime.engine.graph import Graph
 from runtime.engine.model import model_of
 from runtime.engine.store import AdapterStore, needed_bytes
 
-from .decode import commit, gate
+from .decode import gate
 from .ladders import MIX, RANK, fill, random_ladder
 from .launches import NO_ADAPTER, Kernel, Kernels
 from .peers import release
 from .printing import (
+    commit,
     default_device,
     device_name,
     device_slug,

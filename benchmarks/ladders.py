@@ -8,6 +8,7 @@ and on no value.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,18 +54,24 @@ def random_ladder(modules: Mapping[str, Module], dtype: torch.dtype, device: tor
     )
 
 
-def fill(store: AdapterStore, ladder: Ladder, count: int) -> None:
-    """Put `count` adapters with the ladder's table into the store, each in bytes of its own.
+def fill(store: AdapterStore, ladder: Ladder, count: int) -> Ladder:
+    """Put `count` adapters with the ladder's table into the store, each in bytes of its own; returns the ladder as it
+    is remembered, its directions there by name alone.
 
     Codes are drawn anew for every one of them, scales and 16-bit values are the ladder's. The ladder is packed once, so
     that hundreds take seconds, and no more than what is resident of them is ever in memory.
     """
     table, blob = packed_ladder(ladder, store.modules, store.directions, store.dtype, store.device)
+    # What a store remembers of a ladder lies on the host; here it need not lie anywhere.
+    meta = torch.device("meta")
+    banks = tuple({name: own.to(meta) for name, own in bank.items()} for bank in ladder.banks)
+    named = replace(ladder, banks=banks, whole=ladder.sample())
     coded = _coded(table, store.modules, blob)
     generator = torch.Generator(store.device).manual_seed(1)
     for _ in range(count):
         drawn = torch.randint(0, 256, blob.shape, dtype=torch.uint8, device=store.device, generator=generator)
-        store.put(ladder, table, torch.where(coded, drawn, blob))
+        store.put(named, table, torch.where(coded, drawn, blob))
+    return named
 
 
 def _coded(table: Table, modules: Mapping[str, Module], blob: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from .correctness import peft_model, random_tokens
-from .graphed import GraphedPeer, random_adapters
+from .fused import random_updates
+from .graphed import GraphedPeer
 from .printing import spread, synchronise
 from .reference import Clock
 
@@ -76,9 +77,9 @@ def graphed(
     model: PreTrainedModel, batch: int, context: int, rank: int | None = None, *, compiled: bool = False
 ) -> Iterator[Run]:
     """Plain PyTorch in one CUDA graph; with a rank, every row has a random adapter of its own."""
-    adapters = random_adapters(model, batch, rank) if rank else None
-    peer = GraphedPeer(model, batch, context, adapters, compiled=compiled)
-    del adapters
+    updates = random_updates(model, batch, rank) if rank else None
+    peer = GraphedPeer(model, batch, context, updates, compiled=compiled)
+    del updates
     try:
         yield lambda steps: ms_per_step(peer.step, steps, model.device)
     finally:

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft")
 
 __all__ = [
-    "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse", "print_table",
-    "read_bandwidth", "result_path", "seconds", "spread", "synchronise", "versions", "write",
+    "commit", "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse",
+    "print_table", "read_bandwidth", "result_path", "seconds", "spread", "synchronise", "versions", "write",
 ]  # fmt: skip
 
 
@@ -83,6 +84,16 @@ def header(benchmark: str, device: torch.device) -> dict[str, Any]:
     """The first fields of every record."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"benchmark": benchmark, "date": today, "device": device_name(device), "versions": versions()}
+
+
+def commit() -> str | None:
+    """The commit that is checked out, where there is one, and whether anything was changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return (head + ("+changes" if git("status", "--porcelain") else "")) or None
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

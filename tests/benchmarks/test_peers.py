@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.correctness import peft_model, random_tokens
-from benchmarks.graphed import GraphedPeer, random_adapters
+from benchmarks.fused import SITES, fuse, random_updates, updates
+from benchmarks.graphed import GraphedPeer
 from benchmarks.peers import generating, graphed, measure, peft_generating
 from benchmarks.shapes import build_model, write_adapter
 from runtime.ladder.adapter import load_adapter
@@ -69,20 +70,49 @@ def test_graphed_gives_every_row_its_own_adapter(batch, tmp_path, make_peft_adap
         )
         for name in rows[0]
     }
-    assert {name: (a.shape, b.shape) for name, (a, b) in adapters.items()} == {
-        name: (a.shape, b.shape) for name, (a, b) in random_adapters(model, batch, 5).items()
-    }
+    own = updates(model, adapters)
+    for ours, theirs in zip(own, random_updates(model, batch, 5), strict=True):
+        assert [*ours] == [*theirs] == [*SITES]
+        assert all(mine.a.shape == theirs[site].a.shape for site, mine in ours.items())
     prompt = random_tokens(model, batch, PROMPT)
-    ours = decoded(GraphedPeer(model, batch, CONTEXT, adapters), prompt)
+    ours = decoded(GraphedPeer(model, batch, CONTEXT, own), prompt)
     for row, folder in enumerate(folders):
         with peft_model(model, folder) as peft:
             assert torch.equal(ours[row : row + 1], generated(peft, prompt[row : row + 1]))
 
 
+def test_fused_weights_are_the_models_own_and_stay_so():
+    model = tiny(attention_bias=True)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    fused = fuse(model)
+    for layer, own in enumerate(fused):
+        for site, names in SITES.items():
+            linears = [model.model.layers[layer].get_submodule(name) for name in names]
+            assert torch.equal(own[site].weight, torch.cat([linear.weight for linear in linears]))
+            assert all(
+                linear.weight.untyped_storage().data_ptr() == own[site].weight.untyped_storage().data_ptr()
+                for linear in linears
+            )
+    again = fuse(model)
+    assert all(
+        one[site].weight.data_ptr() == two[site].weight.data_ptr()
+        for one, two in zip(fused, again, strict=True)
+        for site in SITES
+    )
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_site_that_is_adapted_in_part_is_refused():
+    model = tiny()
+    some = {"model.layers.0.self_attn.q_proj": (torch.zeros(1, 2, 128), torch.zeros(1, 128, 2))}
+    with pytest.raises(ValueError, match=r"adapters: expected all linears of qkv or none, got 1; give all"):
+        updates(model, some)
+
+
 def same_tokens(device, dtype, batch, compiled):
     """True when steps are decodes at the last slot of the context, for peers of the same random numbers."""
     model = tiny(device, dtype)
-    adapters = random_adapters(model, batch, 4)
+    adapters = random_updates(model, batch, 4)
     stepping = GraphedPeer(model, batch, CONTEXT, adapters, compiled=compiled)
     decoding = GraphedPeer(model, batch, CONTEXT, adapters)
     for ours, theirs in zip(decoding.kv, stepping.kv, strict=True):

@@ -1,0 +1,53 @@
+"""What is timed: how many rows, which adapters at which rungs, deciding or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .ladders import RANK
+from .traces import Trace
+
+UNIFORM = (16, 8, 4)
+RESIDENT_ROWS, RESIDENT_ADAPTERS, RESIDENT_RUNG = 64, 256, 16
+"""Many adapters, of which no more than a rung is in memory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    batch: int
+    context: int
+    """Tokens that a step reads, on average over the steps timed"""
+    rung: int | None = None
+    """Equivalent rank that every row takes, and around which a trace is; None: no adapter"""
+    adapters: int = 0
+    """How many are resident; rows take different ones as far as there are"""
+    controller: bool = False
+    """Signals and policy at every step; which rung follows is the trace's business, or else it is `rung` for good"""
+    trace: Trace | None = None
+    resident_rung: int | None = None
+    """The highest that is in memory; None: all are"""
+
+    @property
+    def name(self) -> str:
+        if self.rung is None:
+            return "no adapter"
+        rung = "exact" if self.rung == RANK else f"rung {self.rung}"
+        what = f"trace around {rung}" if self.trace else rung + (", deciding" if self.controller else "")
+        resident = "" if self.resident_rung is None else f" resident at rung {self.resident_rung}"
+        return f"{self.adapters} adapter{'s' * (self.adapters > 1)}{resident}, {what}"
+
+
+def cases(context: int, batch_context: int, adapters: int, traces: Sequence[Trace]) -> Iterator[Case]:
+    """One row and 32: nothing, exact, with the controller, lower rungs, and traces around them; then many adapters."""
+    for batch, tokens, resident in ((1, context, 1), (32, batch_context, adapters)):
+        yield Case(batch, tokens)
+        yield Case(batch, tokens, RANK, resident)
+        yield Case(batch, tokens, RANK, resident, controller=True)
+        for rung in UNIFORM:
+            yield Case(batch, tokens, rung, resident)
+        for trace in traces:
+            yield Case(batch, tokens, int(trace.around), resident, controller=True, trace=trace)
+    yield Case(RESIDENT_ROWS, context, RESIDENT_RUNG, RESIDENT_ADAPTERS, resident_rung=RESIDENT_RUNG)
