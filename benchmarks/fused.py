@@ -47,14 +47,27 @@ class Update:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x [B, d_in], y [B, sum of d_out], which is added to in place."""
-        rows = len(x)
-        shrunk = torch.mv(self.a[0], x[0])[None] if rows == 1 else torch.bmm(self.a, x[..., None])[..., 0]
+        shrunk = self._shrunk(x)
         if isinstance(self.b, Tensor):
             y.view(len(self.b), -1, 1).baddbmm_(self.b, shrunk.view(len(self.b), -1, 1))
             return
         parts = y.split([own.shape[1] for own in self.b], 1)
         for part, own, u in zip(parts, self.b, shrunk.chunk(len(self.b), 1), strict=True):
             part[..., None].baddbmm_(own, u[..., None])
+
+    def of(self, x: Tensor) -> Tensor:
+        """What `add` adds, [B, sum of d_out]: a compiler makes more of plain products."""
+        shrunk = self._shrunk(x)
+        if isinstance(self.b, Tensor):
+            return torch.bmm(self.b, shrunk.view(len(self.b), -1, 1)).view(len(x), -1)
+        parts = zip(self.b, shrunk.chunk(len(self.b), 1), strict=True)
+        return torch.cat([torch.bmm(own, u[..., None])[..., 0] for own, u in parts], 1)
+
+    def _shrunk(self, x: Tensor) -> Tensor:
+        """[B, n R]"""
+        if len(x) == 1:
+            return torch.mv(self.a[0], x[0])[None]
+        return torch.bmm(self.a, x[..., None])[..., 0]
 
 
 @torch.no_grad()

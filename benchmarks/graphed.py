@@ -140,6 +140,11 @@ class GraphedPeer:
     def _product(self, layer: int, site: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, d_in] through the linears of a site, and every row's own adapter -> [B, d_out], onto the residual."""
         own = self.layers[layer][site]
+        update = self.updates[layer].get(site) if self.updates else None
+        if self.compiled:
+            y = F.linear(x, own.weight, own.bias)
+            y = y if residual is None else residual + y
+            return y if update is None else y + update.of(x)
         if residual is None or own.bias is not None:
             y = self._linear(x, own.weight, own.bias)
             y = y if residual is None else y.add_(residual)
@@ -147,8 +152,8 @@ class GraphedPeer:
             y = residual.view(-1).addmv_(own.weight, x.view(-1)).view(1, -1)
         else:
             y = residual.addmm_(x, own.weight.T)
-        if self.updates and site in self.updates[layer]:
-            self.updates[layer][site].add(x, y)
+        if update is not None:
+            update.add(x, y)
         return y
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
