@@ -35,15 +35,19 @@ from .shapes import build_model, kv_token_bytes, weight_bytes
 STEPS = 64
 """Of a run: a trace is replayed whole, and a row's log holds as many."""
 
+KV = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""Pages are in the model's dtype."""
+
 
 class Bench:
     """A random model of a shape; adapters are made as a case asks for them, and kept for the next that asks alike."""
 
-    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, positions: int) -> None:
+        """Of texts of up to so many positions, which are a case's context and half of `STEPS`."""
         self.shape = shape
         self.hf = build_model(shape, dtype, device)
         fuse(self.hf)  # as peers want it; before the engine takes hold of the weights
-        self.model: Model = model_of(self.hf, self.hf.config.max_position_embeddings)
+        self.model: Model = model_of(self.hf, positions)
         self._ladder: Ladder | None = None
         self._store: AdapterStore | None = None
         self._held: tuple[int, int | None] | None = None
@@ -73,7 +77,7 @@ class Bench:
         read = weight_bytes(self.hf) + adapter_bytes + case.batch * case.context * kv_token_bytes(self.hf)
         return {
             "name": case.name, "shape": self.shape, "batch": case.batch, "adapters": case.adapters,
-            "context": case.context, "rung": case.rung, "kv": str(self.model.dtype).removeprefix("torch."),
+            "context": case.context, "rung": case.rung, "kv": KV[self.model.dtype],
             "controller": case.controller, "ms_per_step": held["median"], "spread": held, "bytes": read,
             "floor_ms": 1000 * read / bandwidth,
             "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

@@ -110,7 +110,7 @@ def benchmark(args: argparse.Namespace) -> None:
     bandwidth = read_bandwidth(device)
     print(f"{args.shape}, bfloat16, random weights, {device_name(device)}; gate: {passed}")
     print(f"limit: {bandwidth / 1e12:.3f} TB/s (read)", flush=True)
-    bench = Bench(args.shape, torch.bfloat16, device)
+    bench = Bench(args.shape, torch.bfloat16, device, max(args.context, args.batch_context) + STEPS)
     records = []
     for case in cases(args.context, args.batch_context, args.adapters, traces):
         records.append(bench.time(case, args.repeats, bandwidth))

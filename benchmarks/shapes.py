@@ -6,6 +6,7 @@ adapter is written as a PEFT folder, because that is where every measured path s
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from runtime.ladder.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    },
+    # The scaling of its rotary frequencies depends on the trained context alone, not on the length of a text.
+    "llama-3.1-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
     },
     "tiny": {
         "vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2,
@@ -33,7 +43,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def build_model(shape: str, dtype: torch.dtype, device: torch.device, **config: Any) -> PreTrainedModel:
     """A random LLaMA of a named shape that never ends a sequence by itself, in eval mode; same weights at each call."""
-    options = SHAPES[shape] | {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | config
+    options = copy.deepcopy(SHAPES[shape]) | {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | config
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**options), dtype=dtype, attn_implementation="sdpa")

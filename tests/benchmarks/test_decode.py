@@ -36,7 +36,7 @@ def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, "speck", SPECK)
         patch.setattr(timing, "STEPS", STEPS)
-        yield Bench("speck", torch.float32, DEVICE)
+        yield Bench("speck", torch.float32, DEVICE, CONTEXT + STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_record_has_what_it_must(records):
     for record in records:
         assert set(record) >= FIELDS
         assert record["ms_per_step"] == record["spread"]["median"] > 0
-        assert (record["shape"], record["batch"], record["context"], record["kv"]) == ("speck", 2, CONTEXT, "float32")
+        assert (record["shape"], record["batch"], record["context"], record["kv"]) == ("speck", 2, CONTEXT, "fp32")
         assert record["floor_ms"] == record["bytes"] / 1e6
     assert [record["rung"] for record in records] == [None, RANK, RANK, 4, 4]
     assert [record["adapters"] for record in records] == [0, 4, 4, 4, 4]
