@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode    the engine's milliseconds a step, beside the bytes that no version can avoid reading
     python -m benchmarks.record_trace the rungs that a policy chooses on real text, which `decode` replays
+    python -m benchmarks.plot      its figure
     python -m benchmarks.kernels   the same of each kernel of a step alone
     python -m benchmarks.reference the same of the reference path, beside PEFT's
     python -m benchmarks.ladder    factoring an adapter, against the dense SVD

@@ -14,7 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 WORK = {
     "agreement": "load_model", "controller": "load_model", "decode": "gate", "kernels": "gate", "kv": "load_model",
-    "ladder": "random_factors", "memory": "LlamaConfig", "record_trace": "load_model", "reference": "copy_bandwidth",
+    "ladder": "random_factors", "memory": "LlamaConfig", "plot": "figure", "record_trace": "load_model",
+    "reference": "copy_bandwidth",
 }  # fmt: skip
 """What each one calls first when it gets to work."""
 
@@ -116,6 +117,7 @@ BAD_FLAGS = [
     ("decode", "--context", "127"),
     *[("record_trace", flag, "0") for flag in ("--rows", "--steps", "--max-tokens")],
     ("record_trace", "--around", "-1"),
+    ("plot", "--record", "/nowhere.json"),
     *[("kernels", flag, "0") for flag in ("--context", "--batch-context", "--repeats")],
     *[("reference", flag, "0") for flag in ("--batch", "--prompt-tokens", "--new-tokens", "--repeats")],
     ("reference", "--new-tokens", "1"),
