@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .ladders import RANK
+from .ladders import MIX, RANK
 from .traces import Trace
 
 UNIFORM = (16, 8, 4)
@@ -41,12 +41,21 @@ class Case:
 
 
 def cases(context: int, batch_context: int, adapters: int, traces: Sequence[Trace]) -> Iterator[Case]:
-    """One row and 32: nothing, exact, with the controller, lower rungs, and traces around them; then many adapters."""
+    """One row and 32: nothing, exact, with the controller, lower rungs, and traces around them; then many adapters.
+
+    Raises ValueError for a trace around a rung that `MIX` has not.
+    """
+    for trace in traces:
+        if trace.around not in MIX or trace.around == RANK:
+            there = ", ".join(map(str, [*MIX][:-1]))
+            raise ValueError(
+                f"--trace: expected budgets of one of the rungs {there}, got {trace.around}; record others"
+            )
     for batch, tokens, resident in ((1, context, 1), (32, batch_context, adapters)):
         yield Case(batch, tokens)
         yield Case(batch, tokens, RANK, resident)
         yield Case(batch, tokens, RANK, resident, controller=True)
-        for rung in UNIFORM:
+        for rung in sorted({*UNIFORM, *(int(trace.around) for trace in traces)}, reverse=True):
             yield Case(batch, tokens, rung, resident)
         for trace in traces:
             yield Case(batch, tokens, int(trace.around), resident, controller=True, trace=trace)

@@ -11,12 +11,14 @@ the same, in float32, or nothing is timed.
 
     python -m benchmarks.decode --shape llama-7b               # one GPU with 80 GB
     python -m benchmarks.decode --shape llama-7b --peers       # and what plain PyTorch, transformers and PEFT take
+    python -m benchmarks.decode --into R.json --compiled-peers # peers alone, into a record that there is
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from runtime import build_ladder, generate, load_adapter
 from runtime.command import one_line_errors
 
 from .bench import STEPS, Bench
-from .cases import cases
+from .cases import Case, cases
 from .correctness import random_tokens
 from .net import COLUMNS, net, rows_of
 from .opponents import add_peers
@@ -42,7 +44,9 @@ from .printing import (
     print_table,
     read_bandwidth,
     result_path,
+    write,
 )  # fmt: skip
+from .records import load_record
 from .shapes import SHAPES, build_model, write_adapter
 from .traces import DEFAULT, load_traces
 
@@ -86,7 +90,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", action="store_true", help="time plain PyTorch in a CUDA graph, transformers, PEFT")
     parser.add_argument("--compiled-peers", action="store_true", help="and the same compiled, a minute or more each")
-    parser.add_argument("--output", help="JSON file (default: benchmarks/results/decode-SHAPE-DEVICE.json)")
+    parser.add_argument("--into", help="a record: time no case, add to it the peers that it has not yet")
+    parser.add_argument("--output", help="JSON file (default: benchmarks/results/decode-SHAPE-DEVICE.json, or --into)")
     tokens = Whole(2 * STEPS, 10**6)
     return parse(
         parser,
@@ -100,32 +105,49 @@ def main() -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Time every case, and peers where they are asked for; print the tables and write the record."""
+    """Check what is asked for, then time every case, and peers; print the tables and write the record."""
     device = default_device()
-    path = result_path(args.output, f"decode-{args.shape}-{device_slug(device)}")
+    path = result_path(args.output or args.into, f"decode-{args.shape}-{device_slug(device)}")
     traces = load_traces(Path(args.trace))
+    wanted = list(cases(args.context, args.batch_context, args.adapters, traces))
+    known = None if args.into is None else load_record(Path(args.into))
     if device.type != "cuda":
         raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
+    if known is not None and (known["shape"], known["device"]) != (args.shape, device_name(device)):
+        got = f"one of {known['shape']} on {known['device']}"
+        raise ValueError(f"--into: expected a record of {args.shape} on {device_name(device)}, got {got}; time it anew")
+    measure(args, device, path, wanted, known)
+
+
+def measure(
+    args: argparse.Namespace, device: torch.device, path: Path, wanted: Sequence[Case], known: dict[str, Any] | None
+) -> None:
+    """The work, once it is known what it is: `wanted` cases, or none but the peers of a `known` record."""
     passed = gate(device)
     bandwidth = read_bandwidth(device)
     print(f"{args.shape}, bfloat16, random weights, {device_name(device)}; gate: {passed}")
     print(f"limit: {bandwidth / 1e12:.3f} TB/s (read)", flush=True)
     bench = Bench(args.shape, torch.bfloat16, device, max(args.context, args.batch_context) + STEPS)
-    records = []
-    for case in cases(args.context, args.batch_context, args.adapters, traces):
-        records.append(bench.time(case, args.repeats, bandwidth))
-        print("  " + "  ".join(table_row(records[-1])), flush=True)
+    if known is not None:
+        record = known
+    else:
+        record = header("decode", device) | {
+            "shape": args.shape, "read_tb_s": bandwidth / 1e12, "gate": passed, "trace": Path(args.trace).name,
+            "cases": [], "controller": [], "commit": commit(),
+        }  # fmt: skip
+        for case in wanted:
+            record["cases"].append(bench.time(case, args.repeats, bandwidth))
+            print("  " + "  ".join(table_row(record["cases"][-1])), flush=True)
+            write(record, path)
+        record["controller"] = net(record["cases"], bandwidth)
     if args.peers or args.compiled_peers:
-        add_peers(bench, records, args.repeats, plain=args.peers, compiled=args.compiled_peers)
-    print_table(("case", "ms/step", "range", "floor", "x floor", "peak GB"), list(map(table_row, records)))
-    found = net(records, bandwidth)
-    print_table(COLUMNS, rows_of(found))
-    finish(
-        header("decode", device)
-        | {"shape": args.shape, "read_tb_s": bandwidth / 1e12, "gate": passed, "trace": Path(args.trace).name,
-           "cases": records, "controller": found, "commit": commit()},
-        path,
-    )  # fmt: skip
+        add_peers(
+            bench, record["cases"], args.repeats, plain=args.peers, compiled=args.compiled_peers,
+            save=lambda: write(record, path),
+        )  # fmt: skip
+    print_table(("case", "ms/step", "range", "floor", "x floor", "peak GB"), list(map(table_row, record["cases"])))
+    print_table(COLUMNS, rows_of(record.get("controller", [])))
+    finish(record, path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,11 +137,16 @@ def main() -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Time every kernel of the shape, print the table and write the record."""
+    """Check what is asked for, then time every kernel of the shape; print the table and write the record."""
     device = default_device()
     path = result_path(args.output, f"kernels-{args.shape}-{device_slug(device)}")
     if device.type != "cuda":
         raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
+    measure(args, device, path)
+
+
+def measure(args: argparse.Namespace, device: torch.device, path: Path) -> None:
+    """The work, once it is known what it is."""
     passed = gate(device)
     bandwidth = read_bandwidth(device)
     print(f"{args.shape}, bfloat16, random weights, {device_name(device)}; gate: {passed}")

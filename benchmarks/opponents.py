@@ -38,20 +38,26 @@ class Opponent:
     open: Callable[[], AbstractContextManager[Run]]
 
 
-def add_peers(bench: Bench, records: list[dict[str, Any]], repeats: int, *, plain: bool, compiled: bool) -> None:
+def add_peers(
+    bench: Bench, records: list[dict[str, Any]], repeats: int, *, plain: bool, compiled: bool,
+    save: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Time the peers of every record and write them down as its `peer`: by name milliseconds a step and peak bytes.
 
-    What cannot be timed is named with the reason instead.
+    What cannot be timed is named with the reason instead. `save` is called after each of them; those that a record has
+    already are left as they are.
     """
     bench.drop()
     with tempfile.TemporaryDirectory() as folder:
         adapter = write_adapter(bench.hf, RANK, Path(folder) / "adapter") if peft_missing() is None else None
         for record in records:
             for opponent in opponents(bench, record, adapter):
-                if not (compiled if opponent.compiled else plain):
+                known = record["peer"] or {}
+                if opponent.name in known or not (compiled if opponent.compiled else plain):
                     continue
                 found = _timed(opponent, repeats, bench)
-                record["peer"] = {**(record["peer"] or {}), opponent.name: found}
+                record["peer"] = {**known, opponent.name: found}
+                save()
                 shown = f"{found['ms_per_step']:.3f} ms" if "ms_per_step" in found else found["failed"]
                 print(
                     f"  {record['batch']} x {record['context']}, {record['name']}; {opponent.name}: {shown}", flush=True

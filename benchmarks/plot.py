@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from policy.reading import read_json
 from runtime.command import one_line_errors
 
 from .opponents import EAGER, GRAPH, GRAPH_COMPILED, PEFT_EAGER, PEFT_STATIC, STATIC
 from .printing import RESULTS, parse, result_path
+from .records import load_record, newest
 
 DEFAULT = Path(__file__).parent.parent / "docs" / "decode.svg"
 GREY = "#808790"
@@ -40,35 +40,6 @@ MARKS = {
 OTHER = ("x", GREY)
 FAR = 1.25
 """The axis reaches so far beyond what is longest of ours, and to plain PyTorch's."""
-NEEDED = ("batch", "context", "controller", "floor_ms", "ms_per_step", "name", "peer")
-AGAIN = "measure it again with benchmarks.decode"
-
-
-def load_record(path: Path) -> dict[str, Any]:
-    """A record of `benchmarks.decode`. Raises FileNotFoundError, or ValueError, naming the file, for another file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--record: expected a file, got none at {path}; name a record")
-    record = read_json(path, AGAIN)
-    cases = record.get("cases")
-    if record.get("benchmark") != "decode" or not isinstance(cases, list) or not cases:
-        raise ValueError(f"{path}: expected a record of benchmarks.decode, got another file; {AGAIN}")
-    for number, case in enumerate(cases):
-        missing = [name for name in NEEDED if not isinstance(case, dict) or name not in case]
-        if missing:
-            raise ValueError(f"{path}: cases[{number}]: expected {missing[0]}, got none; {AGAIN}")
-    return record
-
-
-def newest(folder: Path) -> list[Path]:
-    """The newest record of every shape in a folder, shapes by name. Raises FileNotFoundError where there is none."""
-    found: dict[str, tuple[str, str, Path]] = {}
-    for path in sorted(folder.glob("decode-*.json")):
-        record = load_record(path)
-        own = (record["date"], path.name, path)
-        found[record["shape"]] = max(found.get(record["shape"], own), own)
-    if not found:
-        raise FileNotFoundError(f"--record: expected decode-*.json in {folder}, got none; run benchmarks.decode")
-    return [found[shape][2] for shape in sorted(found)]
 
 
 def groups(record: dict[str, Any]) -> list[list[dict[str, Any]]]:

@@ -72,7 +72,9 @@ def load_traces(path: Path) -> list[Trace]:
     """What `save_traces` wrote. Raises FileNotFoundError, or ValueError naming the file and what in it is not as
     expected."""
     if not path.is_file():
-        raise FileNotFoundError(f"trace: expected a file, got none at {path}; record one, see benchmarks.record_trace")
+        raise FileNotFoundError(
+            f"--trace: expected a file, got none at {path}; record one, see benchmarks.record_trace"
+        )
     record = read_json(path, AGAIN)
     try:
         version = Whole(SCHEMA_VERSION, SCHEMA_VERSION).take("schema_version", record.get("schema_version"))

@@ -13,6 +13,7 @@ from benchmarks.bench import Bench
 from benchmarks.cases import RESIDENT_ADAPTERS, Case, cases
 from benchmarks.ladders import MIX, RANK, fill, random_ladder
 from benchmarks.net import COLUMNS, net, rows_of
+from benchmarks.records import load_record
 from benchmarks.shapes import SHAPES
 from benchmarks.traces import DEFAULT, Trace, load_traces, save_traces
 from runtime.engine.model import model_of
@@ -145,6 +146,11 @@ def test_the_cases_are_those_of_the_issue():
     )  # fmt: skip
 
 
+def test_a_trace_around_no_rung_of_the_benchmarks_ladder_is_refused():
+    with pytest.raises(ValueError, match=r"--trace: expected budgets of one of the rungs 2, .*, got 5; record others"):
+        list(cases(512, 2048, 32, [Trace("some", 5, 0.1, ((5,),))]))
+
+
 def test_what_deciding_is_worth_is_told_beside_the_rung_it_is_around(records):
     (found,) = net(records, 1e9)
     _, exact, idle, uniform, traced = (record["ms_per_step"] for record in records)
@@ -184,10 +190,35 @@ def test_peers_are_written_beside_the_case(bench, monkeypatch, capsys):
     assert own[2]["peer"] is None
     for found in (*own[0]["peer"].values(), *own[1]["peer"].values()):
         assert found["ms_per_step"] == found["spread"]["median"] > 0
+    before, saved = own[0]["peer"].pop(opponents.EAGER), []
     monkeypatch.setattr(opponents, "graphed", broken)
-    opponents.add_peers(bench, own[:1], 1, plain=True, compiled=False)
+    timed = own[0]["peer"].pop(opponents.GRAPH)
+    opponents.add_peers(bench, own[:1], 1, plain=True, compiled=False, save=lambda: saved.append(len(own[0]["peer"])))
+    assert saved == [1, 2]
+    opponents.add_peers(bench, own[:1], 1, plain=True, compiled=False, save=lambda: saved.append(0))
+    assert saved == [1, 2]  # there already
+    assert before.keys() == timed.keys() == own[0]["peer"][opponents.EAGER].keys()
     assert own[0]["peer"][opponents.GRAPH] == {"failed": "RuntimeError: out of memory"}
     assert "out of memory" in capsys.readouterr().out
+
+
+def test_the_command_writes_cases_and_adds_peers_to_them(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(decode, "gate", lambda device: "not looked at here")
+    monkeypatch.setattr(decode, "STEPS", STEPS)
+    path = tmp_path / "record.json"
+    monkeypatch.setattr("sys.argv", ["decode", "--context", "128", "--repeats", "1"])
+    args = decode.arguments()
+    args.shape, args.context, args.batch_context, args.repeats = "speck", CONTEXT, CONTEXT, 1
+    decode.measure(args, DEVICE, path, [Case(2, CONTEXT)], None)
+    record = load_record(path)
+    assert record == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"device", "versions", "read_tb_s", "cases", "commit", "trace", "controller", "gate"} <= set(record)
+    assert (record["cases"][0]["kv"], record["cases"][0]["peer"]) == ("bf16", None)
+    args.peers = True
+    decode.measure(args, DEVICE, path, [], record)
+    (case,) = load_record(path)["cases"]
+    assert case["ms_per_step"] == record["cases"][0]["ms_per_step"]
+    assert case["peer"][opponents.GRAPH]["ms_per_step"] > 0
 
 
 def test_a_case_has_a_line_for_people(records):
@@ -203,7 +234,7 @@ def test_the_committed_trace_is_of_32_rows_at_three_budgets():
     for trace in traces:
         assert (len(trace.rungs), len(trace.rungs[0])) == (32, 64)
         assert trace.mean_rank == pytest.approx(trace.around, rel=0.1)
-        assert len({rung for row in trace.rungs for rung in row}) > 3
+        assert len({rung for row in trace.rungs for rung in row}) >= 3
         replayed = trace.replay(32, 64, tuple(MIX))
         assert [[list(MIX)[j] for j in row] for row in replayed.tolist()] == [list(row) for row in trace.rungs]
 
@@ -249,5 +280,5 @@ def test_a_trace_that_is_none_is_refused_in_one_line(change, message, tmp_path):
 
 
 def test_a_missing_trace_says_how_to_get_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"trace: expected a file, got none at .*; record one"):
+    with pytest.raises(FileNotFoundError, match=r"--trace: expected a file, got none at .*; record one"):
         load_traces(tmp_path / "none.json")

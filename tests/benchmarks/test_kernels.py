@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from benchmarks import kernels as command
 from benchmarks.kernels import RUNGS, check, kernels_of, record_of, table
 from benchmarks.ladders import MIX, RANK
 from benchmarks.launches import AT_LEAST, NO_ADAPTER, SITES
@@ -99,6 +102,22 @@ def test_a_table_has_a_line_for_each_kernel_and_batch(listed):
         "expand gated, 1 row", "expand gated, 3 rows",
     ]  # fmt: skip
     assert all(all(row[2:]) for row in rows if row[0].startswith("expand"))
+
+
+def test_the_command_writes_every_kernel(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "gate", lambda device: "not looked at here")
+    monkeypatch.setattr(command, "FLUSH_BYTES", 2**10)
+    monkeypatch.setattr(command, "BATCH", 2)
+    monkeypatch.setattr(command, "microseconds", lambda kernel, repeats, flush: [2.0] * repeats)
+    monkeypatch.setattr("sys.argv", ["kernels", "--shape", "tiny", "--repeats", "3", "--batch-context", "64"])
+    path = tmp_path / "kernels.json"
+    command.measure(command.arguments(), DEVICE, path)
+    out = capsys.readouterr().out
+    record = json.loads(out.splitlines()[-1])
+    assert record == json.loads(path.read_text())
+    assert {own["batch"] for own in record["kernels"]} == {1, command.BATCH}
+    assert {"kernel", "rung", "read_bytes", "predicted_us", "measured_us", "ratio"} <= set(record["kernels"][0])
+    assert "expand rotary, 2 rows" in out
 
 
 def test_a_kernel_that_writes_no_number_is_refused(listed):

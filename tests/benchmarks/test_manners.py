@@ -118,6 +118,7 @@ BAD_FLAGS = [
     *[("record_trace", flag, "0") for flag in ("--rows", "--steps", "--max-tokens")],
     ("record_trace", "--around", "-1"),
     ("plot", "--record", "/nowhere.json"),
+    ("decode", "--trace", "/nowhere.json"),
     *[("kernels", flag, "0") for flag in ("--context", "--batch-context", "--repeats")],
     *[("reference", flag, "0") for flag in ("--batch", "--prompt-tokens", "--new-tokens", "--repeats")],
     ("reference", "--new-tokens", "1"),

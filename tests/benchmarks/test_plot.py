@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.opponents import EAGER, GRAPH, PEFT_EAGER
-from benchmarks.plot import DEFAULT, figure, load_record, newest, save
+from benchmarks.plot import DEFAULT, figure, save
 from benchmarks.printing import RESULTS
+from benchmarks.records import load_record, newest
 
 
 def case(batch=1, name="no adapter", ms=4.0, **more):
     own = {"batch": batch, "context": 512, "controller": False, "floor_ms": 3.0, "ms_per_step": ms, "name": name}
-    return own | {"peer": None} | more
+    return own | {"peer": None, "rung": None} | more
 
 
 def record(*cases, shape="llama-7b", date="2026-01-01"):
