@@ -146,6 +146,10 @@ def measure(
             save=lambda: write(record, path),
         )  # fmt: skip
     print_table(("case", "ms/step", "range", "floor", "x floor", "peak GB"), list(map(table_row, record["cases"])))
+    for own in record["cases"]:
+        if "resident_rung" in own:
+            held, exact = own["resident_bytes"] / 1e9, own["exact_bytes"] / 1e9
+            print(f"{own['adapters']} adapters at rung {own['resident_rung']}: {held:.1f} GB; exact: {exact:.1f} GB")
     print_table(COLUMNS, rows_of(record.get("controller", [])))
     finish(record, path)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from policy.learned import LearnedPolicy
 from policy.operating import Operating
-from policy.settings import FULL_KV, Settings
+from policy.settings import FULL_KV, PAGE_TOKENS, Settings
 from runtime.control.bucket import Offer
 from runtime.control.stream import Stream
 from runtime.engine.control import Controller, Ladders
@@ -219,12 +219,12 @@ class Kernels:
     def _pages(self, layers: int) -> list[Pages]:
         """Full pages of so many layers, of fewer where they take more than `POOL_BYTES`."""
         s, device, pages = self.model.shape, self.model.device, pages_for(self.context)
-        one = 2 * self.batch * pages * 16 * s.kv_heads * s.head_dim * self.model.dtype.itemsize
+        one = 2 * self.batch * pages * PAGE_TOKENS * s.kv_heads * s.head_dim * self.model.dtype.itemsize
         table = torch.arange(self.batch * pages, dtype=torch.int32, device=device).view(self.batch, pages)
         lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=device)
         found = []
         for _ in range(min(layers, max(1, POOL_BYTES // one))):
-            shape = (self.batch * pages, s.kv_heads, 16, s.head_dim)
+            shape = (self.batch * pages, s.kv_heads, PAGE_TOKENS, s.head_dim)
             keys, values = (torch.randn(shape, dtype=self.model.dtype, device=device) for _ in range(2))
             found.append(Pages(keys, values, table, lengths))
         return found
