@@ -18,7 +18,7 @@ decisions, `training` fits a policy and calibrates its knob, and both meet here.
 
 from .checkpoint import KINDS, Fingerprints, PolicyCheckpoint
 from .contract import Decision, RankPolicy, Summary
-from .cost import LatencyTable, adapter_cost
+from .cost import LatencyTable, LatencyTables, adapter_cost
 from .curve import KnobCurve, check_budget
 from .fixed import FixedPolicy
 from .learned import LearnedPolicy
@@ -61,6 +61,7 @@ __all__ = [
     "KVSettings",
     "KnobCurve",
     "LatencyTable",
+    "LatencyTables",
     "LearnedPolicy",
     "Operating",
     "OraclePolicy",

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .contract import RankPolicy
-from .cost import LatencyTable
+from .cost import LatencyTables
 from .curve import KnobCurve, check_budget
 from .fixed import FixedPolicy
 from .learned import LearnedPolicy
@@ -51,10 +51,10 @@ from .percentile import PercentilePolicy
 from .random import RandomPolicy
 from .reading import Shapes, read_json, read_shapes, shapes_of
 from .rungs import MOST_RUNGS, Rung, rungs_at_shares, same_shares
-from .schema1 import upgrade_record, upgrade_schema2, upgrade_tensors
+from .schema1 import upgrade_record, upgrade_schema2, upgrade_schema3, upgrade_tensors
 from .settings import FULL_KV, Settings
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 TENSORS = "policy.safetensors"
 RECORD = "policy.json"
 
@@ -100,7 +100,7 @@ class PolicyCheckpoint:
     """Cost of each rung, [J], non-decreasing, 1 at the top."""
     fingerprints: Fingerprints = field(metadata=limited(_PRINTS))
     default_budget: float = field(default=1.0, metadata=limited(Number(0, 1)))
-    latency: LatencyTable | None = field(default=None, metadata=limited(Maybe(Made(LatencyTable))))
+    latency: LatencyTables | None = field(default=None, metadata=limited(Maybe(Made(LatencyTables))))
     metrics: dict[str, Any] = field(default_factory=dict, metadata=limited(Made(dict)))
 
     def __post_init__(self) -> None:
@@ -110,21 +110,25 @@ class PolicyCheckpoint:
             raise refused("cost", f"{count} ascending numbers in [0, 1] ending in 1", self.cost)
         if self.curve is None and not isinstance(self.policy, FixedPolicy):
             raise refused("curve", f"a calibrated knob curve for a {self.policy.kind} policy", None)
-        if self.latency is not None and len(self.latency.ms) != count:
-            raise refused("latency.ms", f"{count} latencies, one per rung", self.latency.ms)
+        if self.latency is not None and len(self.latency.chosen.ms) != count:
+            raise refused("latency.ms", f"{count} latencies, one per rung", self.latency.chosen.ms)
         self._check_affordable("default_budget", self.default_budget)
 
-    def budget_for(self, budget: float | None = None, latency_budget_ms: float | None = None) -> float:
-        """The budget meant by either argument; neither: the default. Raises ValueError for both arguments at once, a
-        budget outside [0, 1], or a latency that no measurement supports."""
+    def budget_for(
+        self, budget: float | None = None, latency_budget_ms: float | None = None, rows: int | None = None
+    ) -> float:
+        """The budget meant by either argument; neither: the default. A latency is of a step of a batch of `rows`; left
+        out: of the bucket that the fit went by. Raises ValueError for both arguments at once, a budget outside [0, 1],
+        or a latency or a number of rows that no measurement supports."""
         if budget is not None and latency_budget_ms is not None:
             got = f"budget={budget!r} and latency_budget_ms={latency_budget_ms!r}"
             raise ValueError(f"budget: expected budget or latency_budget_ms, got {got}; give one of them")
         if latency_budget_ms is not None:
             if self.latency is None:
                 raise ValueError("latency_budget_ms: expected a policy with a latency table, got none; use budget")
+            table = self.latency.for_rows(rows)
             # From the share of time to the share of cost; the same thing where cost was taken from this very table.
-            return float(np.interp(self.latency.budget_for(latency_budget_ms), self.latency.cost(), self.cost))
+            return float(np.interp(table.budget_for(latency_budget_ms), table.cost(), self.cost))
         return self.default_budget if budget is None else check_budget(budget)
 
     def rung_for(self, budget: float) -> int:
@@ -247,8 +251,10 @@ class PolicyCheckpoint:
         # has no memory yet.
         if version == 1:
             record = _parse(f"{folder / RECORD}: schema 1", lambda: upgrade_record(record))
-        if version < SCHEMA_VERSION:
+        if version < 3:
             record = _parse(f"{folder / RECORD}: schema 2", lambda: upgrade_schema2(record))
+        if version < SCHEMA_VERSION:
+            record = _parse(f"{folder / RECORD}: schema 3", lambda: upgrade_schema3(record))
         loaded = _parse(str(folder / RECORD), lambda: cls._from_record(record))
         path, policy = folder / TENSORS, loaded.policy
         _check_shapes(policy, read_shapes(path, "copy or export it again"), str(path))
@@ -275,7 +281,7 @@ class PolicyCheckpoint:
             cost=record["cost"],
             fingerprints=record["fingerprints"],
             default_budget=record["default_budget"],
-            latency=None if latency is None else read_record(LatencyTable, latency, "latency"),
+            latency=None if latency is None else read_record(LatencyTables, latency, "latency"),
             metrics=record["metrics"],
         )
 
@@ -323,9 +329,9 @@ def _parse(where: str, build: Callable[[], _Value]) -> _Value:
 def _read_record(path: Path) -> dict[str, Any]:
     record = read_json(path, "export the policy again")
     version = record.get("schema_version")
-    if type(version) is not int or version not in (1, 2, SCHEMA_VERSION):
+    if type(version) is not int or version not in (1, 2, 3, SCHEMA_VERSION):
         raise ValueError(
-            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1, 2), got {shown(version)}; "
+            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1, 2, 3), got {shown(version)}; "
             "export the policy with this version, or read it with the one that wrote it"
         )
     missing = [name for name in _FIELDS if name not in record]

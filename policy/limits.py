@@ -145,6 +145,19 @@ class Made(Limit):
 
 
 @dataclass(frozen=True)
+class Record(Limit):
+    """A record of ours, or its fields by name, as JSON has them."""
+
+    of: type
+
+    def __str__(self) -> str:
+        return f"a {self.of.__name__}"
+
+    def take(self, name: str, value: Any) -> Any:
+        return value if isinstance(value, self.of) else read_record(self.of, value, name)
+
+
+@dataclass(frozen=True)
 class Maybe(Limit):
     """Nothing, or what `of` allows."""
 

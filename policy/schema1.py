@@ -1,5 +1,5 @@
-"""Reads policies of schema 1, in which the signals were in another order and the rungs part of the settings, and of
-schema 2, which had fewer signals.
+"""Reads policies of schema 1, in which the signals were in another order and the rungs part of the settings, of schema
+2, which had fewer signals, and of schema 3, which had one table of latency at most.
 
 Kept for one release: export such a policy again and this file is not needed.
 """
@@ -69,3 +69,14 @@ def upgrade_schema2(record: dict[str, Any]) -> dict[str, Any]:
         "percentile": {"sign": 1, "of": "chunk"},
     }
     return {**record, "schema_version": 3, "config": {**added.get(record["kind"], {}), **config}}
+
+
+def upgrade_schema3(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a schema 3 policy as schema 4 has it: its table was of the reference path, at one row."""
+    table = record["latency"]
+    if table is None:
+        return {**record, "schema_version": 4}
+    if not isinstance(table, dict):
+        raise refused("latency", "an object", table)
+    bucket = {**table, "batch": None, "controller_ms": None}
+    return {**record, "schema_version": 4, "latency": {"buckets": [bucket], "batch": None}}

@@ -91,10 +91,12 @@ def plan_run(
     resident_rung: Rung | None = None,
     model_fingerprint: str | None = None,
     device: torch.device | None = None,
+    batch: int | None = None,
 ) -> RunPlan:
     """Settle a run. No policy, or `budget=1.0`, means the top rung and full-precision KV; `rung` a fixed rung.
 
     `adapter`, `budget` and `rung` may be lists, one entry per sequence of the batch; a single value stands for all.
+    `latency_budget_ms` is of a step of `batch` rows; left out, of the batch bucket that the policy's fit went by.
 
     Of every ladder no more is in memory than its rungs up to `resident_rung` read. Without a policy that is then the
     rung, unless a lower one is asked for, and a warning says so; a policy chooses among those rungs, whatever it would
@@ -135,7 +137,7 @@ def plan_run(
     for asked_share, own in zip(_spread(shares, rows), numbers, strict=True):
         if asked_share == 1:
             _check_whole(ladders[own], ladders[own].rungs[ladders[own].highest])
-    spent = [checkpoint.budget_for(share, latency_budget_ms) for share in _spread(shares, rows)]
+    spent = [checkpoint.budget_for(share, latency_budget_ms, batch) for share in _spread(shares, rows)]
     operating = checkpoint.operating(spent, numbers)
     return RunPlan(tuple(ladders), checkpoint.policy, checkpoint.settings, operating)
 

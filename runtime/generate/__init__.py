@@ -84,7 +84,9 @@ def generate(
     prompt: every row of the batch then gets what it would get alone. `model` is a path, a hub id or a loaded model;
     `prompts` one text, several, or token ids [B, T] (then without a mask every column is a token; pass
     `attention_mask` for padded ones). `budget` in [0, 1] is the mean adapter cost relative to the top rung; 1.0, or no
-    policy, is the full adapter with full-precision KV. `latency_budget_ms` works where the policy has a latency table.
+    policy, is the full adapter with full-precision KV. `latency_budget_ms` are milliseconds of
+    a step of all prompts together; it works where the policy's latency table has their batch bucket, and on the path
+    that the table is of.
     `rung` serves one fixed rung. `resident_rung` keeps no more of the adapter in memory than its rungs up to that one
     read, which is then what no policy means (a warning says so), and the highest that a policy may choose; a budget of
     1 is refused with it. All else goes to transformers' `generate`.
@@ -107,7 +109,7 @@ def generate(
         generation_kwargs["tokenizer"] = tokenizer
     chosen = adaptive(
         model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        resident_rung=resident_rung, keep_record=return_trace, fast=fast,
+        resident_rung=resident_rung, keep_record=return_trace, fast=fast, batch=len(inputs["input_ids"]),
     )  # fmt: skip
     if seed is not None:
         generation_kwargs["seed"] = seed

@@ -31,7 +31,11 @@ from .options import why_not_call
 log = logging.getLogger("chunkwise_lora")
 FAST = "fast: the engine, one graph for every token"
 FULL_PAGES = ", KV pages in the model's own dtype where the policy would store fewer bits"
-LEAVE_OUT = "leave fast out, and transformers' own loop serves it"
+LEAVE_OUT = {
+    "fast": "leave fast out, and transformers' own loop serves it",
+    "latency_budget_ms": "the policy's milliseconds are the engine's; use budget",
+}
+"""What to do where the engine does not cover what is asked for, by the argument that insists on it."""
 
 
 @contextmanager
@@ -46,25 +50,31 @@ def adaptive(
     resident_rung: Rung | None = None,
     keep_record: bool = False,
     fast: bool | None = None,
+    batch: int | None = None,
 ) -> Iterator[AdaptiveRun]:
     """Make `model.generate(...)` and `model(...)` adaptive until the block ends; arguments as in `generate`.
 
     `fast` True: `generate` goes through the engine, and what the engine cannot do is refused, with the reason; False:
-    it never does; None: it does on a GPU where it can. `run.path` says which way the latest went and why. All else is
-    as in `reference.adaptive.adaptive`.
+    it never does; None: it does on a GPU where it can. `run.path` says which way the latest went and why. A
+    `latency_budget_ms` insists as well where the policy's table is of the engine. All else is as in
+    `reference.adaptive.adaptive`.
     """
+    insists = "fast" if fast else None
+    if latency_budget_ms is not None and policy is not None:
+        policy = policy if isinstance(policy, PolicyCheckpoint) else PolicyCheckpoint.load(policy)
+        if policy.latency is not None and policy.latency.of_engine:
+            insists = insists or "latency_budget_ms"
     chosen = reference.adaptive(
         model, adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        resident_rung=resident_rung, keep_record=keep_record,
+        resident_rung=resident_rung, keep_record=keep_record, batch=batch,
     )  # fmt: skip
     with chosen as run:
         reason = _why_not(model, run, fast)
-        if fast and reason is not None:
-            raise ValueError(f"fast: expected a run that the engine covers, got one that it does not: {reason}; "
-                             f"{LEAVE_OUT}")  # fmt: skip
+        if insists is not None and reason is not None:
+            raise _not_covered(insists, "run", reason)
         own: Any = model.generate
         replaced: Any = model
-        replaced.generate = _choosing(model, run, own, reason, bool(fast))
+        replaced.generate = _choosing(model, run, own, reason, insists)
         try:
             yield run
         finally:
@@ -86,8 +96,14 @@ def _why_not(model: PreTrainedModel, run: AdaptiveRun, fast: bool | None) -> str
     return why_not(model, run.plan)
 
 
+def _not_covered(insists: str, what: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{insists}: expected a {what} that the engine covers, got one that it does not: {reason}; {LEAVE_OUT[insists]}"
+    )
+
+
 def _choosing(
-    model: PreTrainedModel, run: AdaptiveRun, own: Callable[..., Any], reason: str | None, must: bool
+    model: PreTrainedModel, run: AdaptiveRun, own: Callable[..., Any], reason: str | None, insists: str | None
 ) -> Callable[..., Any]:
     """`model.generate` through the engine, made at its first call, or through `own` for a reason."""
     engine: list[Any] = []
@@ -101,9 +117,8 @@ def _choosing(
             why = "it asks for more than a batch of token ids" if ids is None or args else None
         if why is None and ids is not None:
             why = why_not_call(model, len(ids), {**kwargs, "generation_config": generation_config})
-        if why is not None and must:
-            raise ValueError(f"fast: expected a call that the engine covers, got one that it does not: {why}; "
-                             f"{LEAVE_OUT}")  # fmt: skip
+        if why is not None and insists is not None:
+            raise _not_covered(insists, "call", why)
         fast = FAST + ("" if run.plan.operating.kv.is_full else FULL_PAGES)
         run.path = fast if why is None else f"reference: {why}"
         if run.path not in said:

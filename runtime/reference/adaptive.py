@@ -57,18 +57,20 @@ def adaptive(
     rung: Rung | Sequence[Rung] | None = None,
     resident_rung: Rung | None = None,
     keep_record: bool = False,
+    batch: int | None = None,
 ) -> Iterator[AdaptiveRun]:
     """Make `model.generate(...)` and `model(...)` adaptive until the block ends; arguments as in `generate`.
 
-    `keep_record` keeps every decision for `trace`, memory that grows with the text. The model must be the plain base
-    model in its Hugging Face class, loaded with attention `sdpa` or `eager`. Raises ValueError for an adapter of
-    another model, an architecture that cannot be served, and all that `plan_run` raises.
+    `keep_record` keeps every decision for `trace`, memory that grows with the text; `batch` says how many rows a
+    `latency_budget_ms` is of, by default those of the batch bucket that the policy's fit went by. The model must be the
+    plain base model in its Hugging Face class, loaded with attention `sdpa` or `eager`. Raises ValueError for an
+    adapter of another model, an architecture that cannot be served, and all that `plan_run` raises.
     """
     require_plain(model)
     fingerprint = None if policy is None else model_fingerprint(model)
     plan = plan_run(
         adapter, policy=policy, budget=budget, latency_budget_ms=latency_budget_ms, rung=rung,
-        resident_rung=resident_rung, model_fingerprint=fingerprint, device=model.device,
+        resident_rung=resident_rung, model_fingerprint=fingerprint, device=model.device, batch=batch,
     )  # fmt: skip
     with activate(model, plan, keep=Keep.DECISIONS if keep_record else Keep.SUMS, checked=False) as run:
         yield run

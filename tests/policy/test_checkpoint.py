@@ -26,6 +26,7 @@ from policy import (
     KnobCurve,
     KVSettings,
     LatencyTable,
+    LatencyTables,
     LearnedPolicy,
     OraclePolicy,
     PercentilePolicy,
@@ -52,6 +53,9 @@ SETTINGS = Settings(
 )
 PRINTS: Fingerprints = {"model": "m-1", "adapter": "a-1", "ladder": "l-1", "shared": False}
 TABLE = LatencyTable("NVIDIA H200", ms=(10.5, 11.0, 13.0, 14.0), ms_base=10.0, spread_ms=0.1)
+REFERENCE = LatencyTables((TABLE,))
+ALONE = dataclasses.replace(TABLE, batch=1, controller_ms=0.01)
+TABLES = LatencyTables((ALONE, LatencyTable("NVIDIA H200", (22.0, 24.0, 28.0, 30.0), 20.0, 0.2, 32, -0.01)), 1)
 
 
 def tables() -> Difficulty:
@@ -94,7 +98,7 @@ def checkpoint(kind: str = "learned", **changes: Any) -> PolicyCheckpoint:
         "cost": COST,
         "fingerprints": PRINTS,
         "default_budget": 0.4,
-        "latency": TABLE,
+        "latency": TABLES,
         "metrics": {"kl_nats": 0.1, "best fixed": [1, 2, None]},
     }
     return PolicyCheckpoint(**(values | changes))
@@ -143,7 +147,7 @@ def test_a_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
         "policy.safetensors",
     ]
     record = json.loads((tmp_path / "deep" / "policy" / "policy.json").read_text())
-    assert record["schema_version"] == 3
+    assert record["schema_version"] == 4
     assert record["rungs"] == list(RUNGS)
     assert record["libraries"]["torch"] == torch.__version__
 
@@ -250,9 +254,9 @@ def test_a_missing_folder_or_file_is_named(folder: Path) -> None:
         (b"", "expected JSON, got Expecting value"),
         (b"\xff\xfe{}", "expected JSON, got .*codec can't decode"),
         (b"[1]", "expected a JSON object, got list"),
-        (b"{}", r"expected schema_version 3 \(or 1, 2\), got None"),
-        (b'{"schema_version": 0}', r"expected schema_version 3 \(or 1, 2\), got 0; export the policy with this"),
-        (b'{"schema_version": 4}', r"expected schema_version 3 \(or 1, 2\), got 4; export the policy with this"),
+        (b"{}", r"expected schema_version 4 \(or 1, 2, 3\), got None"),
+        (b'{"schema_version": 0}', r"expected schema_version 4 \(or 1, 2, 3\), got 0; export the policy with this"),
+        (b'{"schema_version": 5}', r"expected schema_version 4 \(or 1, 2, 3\), got 5; export the policy with this"),
         (b'{"schema_version": 1, "kind": "fixed"}', "expected settings, config, .*, got a record without"),
         (b'{"schema_version": 2, "kind": "fixed"}', "expected settings, config, .*, got a record without"),
     ],
@@ -321,7 +325,20 @@ def test_a_damaged_record_is_refused(folder: Path, content: bytes, message: str)
         (lambda r: r["curve"].update(knobs=[1, 2, 3]), "expected as many budgets as knobs"),
         (lambda r: r.update(curve=3), r"curve: expected values by name \(budgets, knobs\), got 3"),
         (lambda r: r.update(curve=None), "curve: expected a calibrated knob curve for a learned policy, got None"),
-        (lambda r: r["latency"].update(ms=[1]), "latency.ms: expected 4 latencies, one per rung, got"),
+        (
+            lambda r: [own.update(ms=[1]) for own in r["latency"]["buckets"]],
+            "latency.ms: expected 4 latencies, one per rung, got",
+        ),
+        (
+            lambda r: r["latency"]["buckets"][1].update(ms=[1]),
+            r"latency.buckets: expected as many rungs in each, got \[4, 1\]; measure them together",
+        ),
+        (lambda r: r["latency"]["buckets"][1].update(device="cpu"), "latency.buckets: expected one device, got"),
+        (lambda r: r["latency"]["buckets"].reverse(), r"latency.buckets: expected batches in strictly ascending order"),
+        (lambda r: r["latency"]["buckets"][0].update(batch=None), "latency.buckets: expected batches in strictly"),
+        (lambda r: r["latency"].update(batch=2), "latency.batch: expected one of 1, 32, got 2"),
+        (lambda r: r["latency"]["buckets"][0].pop("ms"), r"latency.buckets\[0\].ms: expected a list .*, got none; add"),
+        (lambda r: r.update(latency=dataclasses.asdict(TABLE)), "latency: expected names among buckets, batch, got"),
         (lambda r: r.update(cost=[0.5, 1]), r"cost: expected 4 ascending numbers in \[0, 1\] ending in 1, got"),
         (lambda r: r.update(cost=None), "cost: expected a list of 1 to 1024, ascending, .*, got None"),
         (lambda r: r.update(default_budget=2), r"default_budget: expected a number in \[0, 1\], got 2"),
@@ -524,19 +541,52 @@ def test_latency_becomes_a_budget() -> None:
             {"latency_budget_ms": 12.0},
             "expected a policy with a latency table, got none; use budget",
         ),
-        ({}, {"latency_budget_ms": 99.0}, "expected 10.500 to 14.000 ms, the reachable range on NVIDIA H200, got 99.0"),
+        (
+            {},
+            {"latency_budget_ms": 99.0},
+            "expected 10.500 to 14.000 ms, the reachable range on NVIDIA H200 at batch 1, got 99.0",
+        ),
         ({}, {"budget": -0.1}, r"budget: expected a share of the full adapter's cost in \[0, 1\], got -0.1"),
         ({}, {"budget": float("nan")}, r"budget: expected a share of the full adapter's cost in \[0, 1\], got nan"),
         (
-            {"latency": dataclasses.replace(TABLE, spread_ms=2.0)},
+            {"latency": LatencyTables((dataclasses.replace(TABLE, spread_ms=2.0),))},
             {"latency_budget_ms": 12.0},
-            "expected rungs that differ by more than noise on NVIDIA H200",
+            "expected rungs that differ by more than noise on NVIDIA H200, got",
+        ),
+        (
+            {"latency": LatencyTables((dataclasses.replace(ALONE, spread_ms=2.0),), 1)},
+            {"latency_budget_ms": 12.0},
+            "expected rungs that differ by more than noise on NVIDIA H200 at batch 1, got",
         ),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(changes: dict, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint(**changes).knob_for(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rows", "latency_ms"),
+    [(1, None, 13.0), (32, None, 28.0), (1, 1, 13.0), (32, 1, 13.0), (1, 17, 28.0), (1, 32, 28.0)],
+)
+def test_milliseconds_are_those_of_the_bucket_that_the_rows_decode_in(chosen: int, rows: int | None, latency_ms: float):
+    """Rung 2 takes 13 ms alone and 28 ms in a batch of 32, and either means the bytes of rung 2."""
+    saved = checkpoint(latency=dataclasses.replace(TABLES, batch=chosen))
+    assert saved.budget_for(latency_budget_ms=latency_ms, rows=rows) == COST[2]
+    with pytest.raises(ValueError, match=r"expected (10.500 to 14|22.000 to 30).000 ms, the reachable range"):
+        saved.budget_for(latency_budget_ms=41.0 - latency_ms, rows=rows)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 33])
+def test_a_bucket_that_was_not_measured_is_refused(rows: int) -> None:
+    message = (
+        rf"latency_budget_ms: expected a batch in a bucket that was measured \(1, 32\), got {rows} rows; use budget"
+    )
+    with pytest.raises(ValueError, match=message):
+        checkpoint().budget_for(latency_budget_ms=13.0, rows=rows)
+    assert checkpoint(latency=REFERENCE).budget_for(latency_budget_ms=13.0, rows=rows) == COST[2], (
+        "of any batch, as ever"
+    )
 
 
 def test_the_rung_of_a_budget_is_the_dearest_within_it():
@@ -673,6 +723,8 @@ def test_a_policy_of_an_old_schema_decides_as_it_did(kind: str, schema: int, tmp
 
     def downgrade(record: dict[str, Any]) -> None:
         record["schema_version"] = schema
+        table = record["latency"]["buckets"][0]
+        record["latency"] = {name: table[name] for name in ("device", "ms", "ms_base", "spread_ms")}
         for name in ADDED:
             record["config"].pop(name, None)
         for weights in (record["settings"]["chunk"]["weights"], record["config"].get("weights", {})):
@@ -698,6 +750,7 @@ def test_a_policy_of_an_old_schema_decides_as_it_did(kind: str, schema: int, tmp
     edit(tmp_path / "policy", downgrade)
     loaded = PolicyCheckpoint.load(tmp_path / "policy")
     assert loaded.settings == SETTINGS
+    assert loaded.latency == REFERENCE
     assert loaded.policy.config() == saved.policy.config()
     assert_decide_alike(saved.policy, loaded.policy)
 

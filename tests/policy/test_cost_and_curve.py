@@ -64,6 +64,15 @@ def test_an_unresolved_table_is_refused(table: LatencyTable) -> None:
         table.cost()
 
 
+def test_what_the_clock_says_is_said() -> None:
+    falls = LatencyTable("cpu", ms=(10.5, 13.0, 12.0, 14.0), ms_base=10.0, spread_ms=0.1, batch=32)
+    assert TABLE.says == "rungs differ by more than noise"
+    assert NOISY.says == "rungs do not differ by more than noise"
+    assert falls.says == "a rung takes 1.000 ms less than the one below it, which reads less"
+    with pytest.raises(ValueError, match=r"on cpu at batch 32, got 10.000 ms .*\(a rung takes 1.000 ms less .*\); use"):
+        falls.budget_for(11.0)
+
+
 @pytest.mark.parametrize("latency_ms", [10.4, 14.1, -1.0, float("nan")])
 def test_a_latency_out_of_reach_is_refused(latency_ms: float) -> None:
     with pytest.raises(ValueError, match=r"expected 10.500 to 14.000 ms, the reachable range on NVIDIA H200, got"):

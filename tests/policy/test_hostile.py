@@ -22,7 +22,7 @@ from policy import KINDS, SIGNALS, PolicyCheckpoint
 from tests.policy.test_checkpoint import checkpoint, summary_of
 
 HERE = Path(__file__).parent
-OLD = {"schema 1": HERE / "schema1", "schema 2": HERE / "schema2" / "learned"}
+OLD = {"schema 1": HERE / "schema1", "schema 2": HERE / "schema2" / "learned", "schema 3": HERE / "schema3"}
 ROOT = Path(__file__).resolve().parents[2]
 NESTED: list[Any] = [[[[[[[[[[1]]]]]]]]]]
 HOSTILE = [
@@ -122,7 +122,7 @@ def test_any_value_in_the_place_of_any_other_is_right_or_refused(
     before, after = at(record, path), at(again, path)
     fraction = path[0] == "rungs" and isinstance(value, float) and not value.is_integer()
     assert type(after) is (float if fraction else type(before)) or (
-        path[-1] in ("ladder", "latency", "curve") and after is None
+        path[-1] in ("ladder", "latency", "curve", "controller_ms") and after is None
     )
 
 
@@ -162,7 +162,10 @@ def test_any_value_in_the_place_of_any_other_is_right_or_refused(
         (("metrics",), []),
         (("default_budget",), True),
         (("fingerprints", "shared"), 0),
-        (("latency", "ms_base"), 1e308),
+        (("latency", "buckets", 0, "ms_base"), 1e308),
+        (("latency", "buckets", 0, "batch"), 1.0),
+        (("latency", "buckets"), []),
+        (("latency", "batch"), True),
         (("curve", "knobs", 0), 1e308),
     ],
 )

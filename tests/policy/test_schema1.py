@@ -1,5 +1,5 @@
-"""Policies of schemas 1 and 2: `schema1/` and `schema2/` are some as they were exported, decided once more by plain
-arithmetic.
+"""Policies of schemas 1, 2 and 3: `schema1/` to `schema3/` are some as they were exported, decided once more by plain
+arithmetic; of schema 3 what changed is its table of latency.
 
 Nothing of `policy` computes the expected values: the files' own tensors do, in float64, on features laid out in the
 order of their schema, which is written down here and nowhere read from the code.
@@ -24,6 +24,7 @@ from policy import SIGNALS, TOKEN_SIGNALS, PolicyCheckpoint, Summary
 HERE = Path(__file__).parent
 EXPORTED = {1: HERE / "schema1", 2: HERE / "schema2" / "learned"}
 PERCENTILE = HERE / "schema2" / "percentile"
+TIMED = HERE / "schema3"
 OLD_SIGNALS = {1: ("entropy", "novelty", "attention", "prior"), 2: ("entropy", "attention", "novelty", "prior")}
 OLD_FIRST = ("novelty", "prior")
 ROWS = 2000
@@ -148,7 +149,7 @@ def test_an_exported_percentile_policy_decides_as_it_did(signals, first) -> None
     np.testing.assert_allclose(decision.scale.numpy(), scale, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("folder", [*EXPORTED.values(), PERCENTILE], ids=["1", "2", "2 percentile"])
+@pytest.mark.parametrize("folder", [*EXPORTED.values(), PERCENTILE, TIMED], ids=["1", "2", "2 percentile", "3"])
 def test_an_exported_policy_keeps_everything_else(folder) -> None:
     record = read(folder)
     loaded = PolicyCheckpoint.load(folder)
@@ -176,10 +177,25 @@ def test_a_policy_of_an_old_schema_saved_again_is_of_the_new_one_and_the_same(sc
     knob = knobs(*read(EXPORTED[schema])["config"]["log_lambda_range"])
     assert read(EXPORTED[schema])["schema_version"] == schema
     PolicyCheckpoint.load(EXPORTED[schema]).save(tmp_path / "policy")
-    assert read(tmp_path / "policy")["schema_version"] == 3
+    assert read(tmp_path / "policy")["schema_version"] == 4
     rung, _ = decided(EXPORTED[schema], signals, first, knob)
     again = PolicyCheckpoint.load(tmp_path / "policy").policy
     assert again.decide(summary_of(signals, first), torch.from_numpy(knob).float()).rung.tolist() == rung.tolist()
+
+
+def test_the_latency_of_schema_3_is_of_one_row_of_the_reference_path(tmp_path) -> None:
+    """And is served as it was, whatever the batch; saved again and read again too."""
+    old = read(TIMED)["latency"]
+    first = PolicyCheckpoint.load(TIMED)
+    first.save(tmp_path / "policy")
+    for loaded in (first, PolicyCheckpoint.load(tmp_path / "policy")):
+        table = loaded.latency.for_rows(5)
+        assert (table.device, list(table.ms), table.ms_base, table.spread_ms) == tuple(old.values())
+        assert (table.batch, table.controller_ms, loaded.latency.batch) == (None, None, None)
+        assert not loaded.latency.of_engine
+        # rungs of 10.5, 11, 13 and 14 ms and of 1/8, 1/4, 1/2 and 1 of the bytes
+        assert loaded.budget_for(latency_budget_ms=13.0) == loaded.budget_for(latency_budget_ms=13.0, rows=7) == 0.5
+    assert read(tmp_path / "policy")["schema_version"] == 4
 
 
 def drop(name: str) -> Callable[[dict[str, Any]], Any]:
@@ -201,6 +217,8 @@ def drop(name: str) -> Callable[[dict[str, Any]], Any]:
             lambda r: r["settings"]["chunk"].update(weights=[1.0]),
             r"schema 1: chunk.weights: expected a list of 4, .*, got \[1.0\]",
         ),
+        (3, lambda r: r.update(latency=3), "schema 3: latency: expected an object, got 3; correct it"),
+        (3, lambda r: r["latency"].pop("ms"), r"latency.buckets\[0\].ms: expected a list .*, got none; add it"),
         (2, lambda r: r.update(config=3), "schema 2: config: expected an object, got 3; correct it"),
         (2, lambda r: r["config"].pop("hidden"), "config.hidden: expected a whole number .*, got none; add it"),
         (2, lambda r: r["config"].update(depth=9), r"config: expected names among hidden, .*, got \['depth'\]"),
@@ -212,7 +230,7 @@ def drop(name: str) -> Callable[[dict[str, Any]], Any]:
     ],
 )
 def test_a_damaged_record_is_one_line(schema: int, change: Callable, message: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(EXPORTED[schema], tmp_path / "policy")
+    folder = shutil.copytree({**EXPORTED, 3: TIMED}[schema], tmp_path / "policy")
     record = read(folder)
     change(record)
     write(folder, record)
