@@ -25,7 +25,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from policy.cost import LatencyTable
+from policy.cost import LatencyTable, LatencyTables
 from policy.files import write_whole
 from policy.limits import Choice
 from policy.settings import HIDDEN, SIGNAL_SETS, ChunkSettings, KVSettings, Settings, SignalSettings
@@ -58,6 +58,7 @@ from .pipeline import (
 from .summary import candidates, print_verdict, summarise, timing_of
 from .task import AdapterTask, FitContext, OpenTask, common_rungs, ladder_folder, rung_rank
 from .threads import share_threads
+from .timing import GivenLatency
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints"
 BUILT = Choice((SVD, RANKED, MIXED))
@@ -82,6 +83,8 @@ def fit(
     kv: KVSettings = KVSettings(),  # noqa: B008
     signals: str = "default",
     objective: str = DAMAGE,
+    latency: str | None = None,
+    latency_batch: int | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fit a rank policy and return the summary that is also written to `summary.json`.
@@ -107,7 +110,11 @@ def fit(
         signals: What the policy looks at: four (the paper's signals), default (surprisal and token difficulty too) or
             hidden (the model's last hidden state and the next embedding too).
         objective: What it learns by: damage (regression of every rung's KL, then least damage + lambda * bytes) or
-            latency (expected KL + lambda * cost of its own choice, directly).
+            latency (expected KL + lambda * cost of its own choice, directly; cost is milliseconds where the table of
+            latency tells the rungs apart, else bytes).
+        latency: File that `python -m runtime.measure` wrote of this model and ladder; left out, the reference path is
+            measured.
+        latency_batch: Which of its batch buckets the fit goes by; default the smallest.
         trainer: Arguments of lightning's Trainer (--trainer.devices 2, --trainer.accelerator cpu, ...).
     """
     torch.set_float32_matmul_precision("highest")
@@ -121,16 +128,19 @@ def fit(
     )
     settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signal_settings, chunk=chunk, kv=kv)
     kind = BUILT.take("ladder", ladder)
+    given = GivenLatency.read(latency, latency_batch)
     share_threads(_checked_trainer(folder, trainer or {}).num_devices)
     with locked(folder, _say), keep_decoded():
         return _fit_into(
-            folder, model, adapters, datasets, kind, rungs, seed, dtype, settings, learning, amounts, trainer or {}
-        )
+            folder, model, adapters, datasets, kind, rungs, seed, dtype, settings, learning, amounts, given,
+            trainer or {},
+        )  # fmt: skip
 
 
 def _fit_into(
     folder: Path, model: str, adapters: list[str], datasets: list[str], kind: str, rungs: list[float] | None,
-    seed: int, dtype: str, settings: Settings, learning: Learning, amounts: Amounts, trainer: dict[str, Any],
+    seed: int, dtype: str, settings: Settings, learning: Learning, amounts: Amounts, given: GivenLatency | None,
+    trainer: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Walk through the stages of `pipeline` and write down what they found."""
     started = time.time()
@@ -143,10 +153,13 @@ def _fit_into(
         hidden=HIDDEN in learning.signals,
     )  # fmt: skip
     opened = open_tasks(adapters, sources, datasets, load_tokenizer(model), amounts, seed)
+    if given is not None:
+        given.check(context, opened[0].source)
     _introduce(context, opened)
 
     tasks = build_ladders(context, opened, kind, rungs)
-    latency = _latency(context, tasks[0])
+    tables = LatencyTables((_latency(context, tasks[0]),)) if given is None else given.of(context, tasks[0])
+    latency = tables.chosen
     tasks, calibrated = collect_targets(context, tasks, settings)
     store_difficulty(context, tasks)
     learned = train_policies(context, tasks, calibrated, latency, learning)
@@ -156,7 +169,7 @@ def _fit_into(
         comparison.curves, common_rungs(tasks), ranks, resamples=amounts.bootstrap, seed=seed,
         timing=timing_of(context, tasks, calibrated, comparison, latency),
     )  # fmt: skip
-    checkpoints = candidates(context, tasks, calibrated, comparison, verdict, latency)
+    checkpoints = candidates(context, tasks, calibrated, comparison, verdict, tables)
 
     summary = {
         "model": str(model),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from policy.checkpoint import Fingerprints, PolicyCheckpoint
-from policy.cost import LatencyTable
+from policy.cost import LatencyTable, LatencyTables
 from policy.operating import Operating
 from runtime.ladder.factors import SVD
 from runtime.plan import RunPlan
@@ -51,19 +51,23 @@ def timing_of(
     context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, comparison: Comparison,
     latency: LatencyTable,
 ) -> Timing | None:  # fmt: skip
-    """What a step takes on this device; None where its table does not tell rungs apart."""
+    """What a step takes; None where the table does not tell rungs apart. What deciding adds the table says, or it is
+    measured here, on the reference path, which the table then is of."""
     points = comparison.curves["learned"].points
     if not latency.resolved or not points:
         return None
-    middle = points[len(points) // 2]
-    operating = Operating.at(float(middle.knob or 0.0), middle.rung)
-    plan = RunPlan((tasks[0].ladder,), comparison.candidates["learned"], calibrated.settings, operating)
-    return Timing(np.array(latency.ms), rung_rank(tasks), measure_controller(context.model, plan))
+    controller_ms = latency.controller_ms
+    if controller_ms is None:
+        middle = points[len(points) // 2]
+        operating = Operating.at(float(middle.knob or 0.0), middle.rung)
+        plan = RunPlan((tasks[0].ladder,), comparison.candidates["learned"], calibrated.settings, operating)
+        controller_ms = measure_controller(context.model, plan)
+    return Timing(np.array(latency.ms), rung_rank(tasks), controller_ms)
 
 
 def candidates(
     context: FitContext, tasks: Sequence[AdapterTask], calibrated: Calibrated, comparison: Comparison,
-    verdict: Verdict, latency: LatencyTable,
+    verdict: Verdict, latency: LatencyTables,
 ) -> dict[str, PolicyCheckpoint]:  # fmt: skip
     """The policies to choose from, each with its own knob curve, at the budget nearest to half of the top's bytes."""
     cost = task_cost(tasks)

@@ -43,7 +43,7 @@ from training.targets import paths
 from training.targets.paths import Calibrated
 from training.targets.samples import LaterDamage, Samples
 from training.targets.token_difficulty import FoldedDifficulty
-from training.task import AdapterTask, FitContext, Targets
+from training.task import AdapterTask, FitContext, Targets, task_cost
 
 FIT = Amounts()
 # Of the ladder only the bytes of its rungs matter here: one module of rank 64.
@@ -83,7 +83,7 @@ def train(
     tasks = [AdapterTask("planted", LADDER, Corpus([], [], []), Targets([], {}, difficulty))]
     calibrated = Calibrated(Settings(), scales, LaterDamage((0.0,) * len(RANKS), 0, 0))
     learning = Learning(SIGNAL_SETS["default"], objective)
-    policy = new_policy(context, tasks, samples, calibrated, learning)
+    policy = new_policy(context, tasks, samples, calibrated, learning, task_cost(tasks))
     latency = LatencyTable("none", (1.0,) * len(RANKS), 1.0, 0.0)
     train_round(context, tasks, policy, samples, held_out, latency, learning, (0, 0))
     return policy.cpu().eval()

@@ -22,7 +22,7 @@ from tests.training.made_curves import (
     scores,
 )
 from training.compare.curves import Curve, Point
-from training.compare.figure import STYLE, Style, tradeoff_figure
+from training.compare.figure import STYLE, Style, latency_figure, tradeoff_figure
 from training.compare.tradeoff import log_report, table, write_report
 from training.compare.verdict import judge
 from training.learn.train import new_logger
@@ -193,8 +193,10 @@ def test_where_nothing_differs_the_ratio_has_a_scale(tmp_path):
 def left_behind(folder: Path, curves: dict[str, Curve], ms: np.ndarray | None, latency_ms: float | None) -> dict:
     """Everything that a fit leaves of these curves: the summary, with what is written, logged and printed of it."""
     found = judge(curves, RUNGS, RUNG_RANK, resamples=50, seed=0)
+    clock = {"device": "NVIDIA H200", "batch": 32, "ms": MS.tolist(), "ms_base": 0.5, "controller_ms": 0.04}
     summary = {
         "curves": table(curves, RUNG_RANK, ms), "documents": {"test": DOCUMENTS}, "ladder": {}, "seconds": 1.0,
+        "latency": clock | {"resolved": ms is not None},
         "operating_point": {"kl": 0.25, "latency_ms": latency_ms}, **found.describe(),
     }  # fmt: skip
     figure = write_report(folder, summary)
@@ -206,6 +208,10 @@ def logged(folder: Path) -> dict[str, float]:
     """The HParams row's metrics."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.startswith("hp/")}
+
+
+def pictures(folder: Path) -> set[str]:
+    return set(EventAccumulator(str(folder)).Reload().Tags()["images"])
 
 
 def printed(summary: dict, folder: Path, capsys) -> str:
@@ -228,6 +234,7 @@ def test_what_is_not_known_stays_blank_everywhere(tmp_path, capsys):
     assert not [row for row in rows_of(tmp_path) if row["policy"] == "percentile" and row["aimed_at"] == "8.0"]
     metrics = logged(tmp_path)
     assert not {"hp/captured", "hp/latency"} & metrics.keys(), "no number stands for what is not known"
+    assert pictures(tmp_path) == {"compare/tradeoff"}
     assert (metrics["hp/headroom"], metrics["hp/quality"]) == (0, pytest.approx(0.25))
     shown = printed(summary, tmp_path, capsys)
     assert "Headroom 0.0000 nats, which cannot be told from zero." in shown
@@ -246,6 +253,26 @@ def test_what_is_known_is_shown_everywhere(tmp_path, capsys):
     shown = printed(summary, tmp_path, capsys)
     assert f"captured {share:.0%} (95 % interval {low:.0%} to {high:.0%})" in shown
     assert f" {summary['verdict']}. " in shown
+    assert pictures(tmp_path) == {"compare/tradeoff", "compare/latency"}
+
+
+def test_the_picture_over_milliseconds_has_every_timed_policy_at_its_own(tmp_path):
+    """The svd ladder's rungs were not timed, and have no place in it."""
+    curves = policies(BETTER)
+    summary = left_behind(tmp_path, curves, MS, 2.5)
+    summary["curves"] |= table({"svd": replace(FIXED, name="svd")}, RUNG_RANK, None)
+    figure = latency_figure(summary, "my-run")
+    (axes,) = figure.axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() != "None"}
+    assert drawn.keys() == {STYLE[n].label + " (exported)" * (n == summary["exported"]) for n in curves}
+    for name, rows in table(curves, RUNG_RANK, MS).items():
+        label = STYLE[name].label + " (exported)" * (name == summary["exported"])
+        assert drawn[label] == sorted([row["latency_ms"], row["kl"]] for row in rows)
+    marks = {text.get_text().strip(): text.xy[0] for text in axes.texts}
+    assert marks == {"no adapter": 0.5, "exact": MS[-1]}
+    said = figure.get_supxlabel()
+    assert said == ("milliseconds a step, mean over scored tokens (my-run, NVIDIA H200, batch 32; deciding adds 0.040)")
+    assert latency_figure(summary | {"latency": summary["latency"] | {"resolved": False}}, "my-run") is None
 
 
 def test_an_adapter_that_does_nothing_has_its_figure(tmp_path):

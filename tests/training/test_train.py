@@ -15,13 +15,14 @@ from runtime.ladder import Adapter, LoraFactors, build_ladder
 from tests.training.synthetic import RANKS, RUNGS, SCALES, chunk_samples, shuffled
 from training.amounts import Amounts
 from training.documents import Corpus
+from training.learn import train as rounds
 from training.learn.module import DAMAGE, LATENCY, OBJECTIVES
 from training.learn.train import BestWeights, Learning, new_policy, served_start, train_policies, train_round
 from training.targets.damage import Trajectory
 from training.targets.paths import Calibrated
 from training.targets.samples import LaterDamage
 from training.targets.token_difficulty import FoldedDifficulty
-from training.task import AdapterTask, FitContext, Targets
+from training.task import AdapterTask, FitContext, Targets, task_cost
 
 # Of the ladder only the bytes of its rungs matter here: one module of rank 64.
 LADDER = build_ladder(Adapter(Path("made"), None, {"m": LoraFactors(*torch.zeros(2, 64, 64), 1.0)}))
@@ -82,7 +83,7 @@ def run(context):
         own = context(watch, seed, folder, **amounts)
         learning = Learning(SIGNAL_SETS["default"], objective)
         # from the same weights at every seed
-        policy = new_policy(replace(own, seed=0), [TASK], samples, CALIBRATED, learning)
+        policy = new_policy(replace(own, seed=0), [TASK], samples, CALIBRATED, learning, task_cost([TASK]))
         torch.manual_seed(len(watch.losses) + (until or 50))  # what stands in the global generator must not matter
         try:
             train_round(own, [TASK], policy, samples, held_out, LATENCY_TABLE, learning, number)
@@ -189,6 +190,33 @@ def test_a_round_learns_by_the_objective_it_was_given(run, parts):
     assert states[1]["scale_head.weight"].any()
 
 
+@pytest.mark.parametrize(
+    ("objective", "spread_ms", "by_time"), [(LATENCY, 0.1, True), (LATENCY, 4.0, False), (DAMAGE, 0.1, False)]
+)
+def test_lambda_is_a_price_of_milliseconds_where_those_are_learned_by_and_told_apart(
+    context, task, objective, spread_ms, by_time
+):
+    """Rungs of 3, 4, ... 11 ms, the base model of 2: in the policy, in the penalty of its loss and in where a knob
+    starts; budgets stay shares of bytes."""
+    ms = tuple(float(3 + rung) for rung in range(len(RUNGS)))
+    table, given = LatencyTable("here", ms, 2.0, spread_ms, batch=32), []
+
+    def own_paths(context, task, policy, calibrated, samples, rung_bytes, learning, number):
+        given.append(rung_bytes)
+        return dict(enumerate(task.found().paths[1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "own_paths", own_paths)
+        learning = Learning(SIGNAL_SETS["default"], objective)
+        (policy,) = train_policies(context(rounds=1, epochs=1), [task], CALIBRATED, table, learning)
+    share = [(rung + 1) / len(RUNGS) for rung in range(len(RUNGS))]
+    own_bytes = task_cost([task])
+    assert not torch.allclose(torch.tensor(share), own_bytes), "otherwise this says nothing"
+    expected = torch.tensor(share) if by_time else own_bytes
+    torch.testing.assert_close(policy.cost, expected)
+    assert [own.tolist() for own in given] == [own_bytes.tolist()]
+
+
 def test_weight_decay_is_what_amounts_say(run, parts):
     states = [run(*parts, epochs=2, weight_decay=decay)[0] for decay in (0.0, 0.0, 5.0)]
     assert same(states[0], states[1])
@@ -251,7 +279,8 @@ def test_every_policy_starts_from_its_own_weights(context, parts):
     def weights(number: int, seed: int = 0):
         torch.manual_seed(number)  # must not matter
         learning = Learning(SIGNAL_SETS["default"], DAMAGE)
-        return new_policy(context(seed=seed), [TASK], parts[0], CALIBRATED, learning, number).trunk[0].weight
+        own = new_policy(context(seed=seed), [TASK], parts[0], CALIBRATED, learning, task_cost([TASK]), number)
+        return own.trunk[0].weight
 
     assert torch.equal(weights(0), weights(0))
     starts = [weights(0), weights(1), weights(2), weights(0, seed=1)]
@@ -293,11 +322,12 @@ def test_it_starts_at_the_scales_that_were_calibrated_and_keeps_them(context, ta
 def test_where_a_knob_starts_is_found_on_chunks_evenly_spread(context, parts, monkeypatch, most):
     """The first and the last among them; on all where there are no more. By hand on those alone, by scored tokens."""
     samples = replace(parts[0], scored=torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 4)
-    policy = new_policy(context(), [TASK], samples, CALIBRATED, Learning(SIGNAL_SETS["default"], DAMAGE))
+    price = torch.linspace(0.1, 1, len(RUNGS))  # of milliseconds, say: what a budget is of are bytes
+    policy = new_policy(context(), [TASK], samples, CALIBRATED, Learning(SIGNAL_SETS["default"], LATENCY), price)
     torch.manual_seed(0)
     torch.nn.init.normal_(policy.damage_head.weight, std=8.0)
     monkeypatch.setattr("training.learn.train.START_CHUNKS", most)
-    count, cost = min(most, 64), policy.cost.tolist()
+    count, cost = min(most, 64), task_cost([TASK]).tolist()
     knobs = torch.linspace(*policy.log_lambda_range, 60)
 
     def by_hand(some, weights) -> list[int]:
@@ -314,4 +344,4 @@ def test_where_a_knob_starts_is_found_on_chunks_evenly_spread(context, parts, mo
     expected = by_hand(some, samples.scored)
     assert expected != by_hand(some, samples.tokens), "otherwise this says little"
     assert (expected != by_hand(list(range(count)), samples.scored)) == (most < 64)
-    assert served_start(policy, samples, knobs).tolist() == expected
+    assert served_start(policy, samples, knobs, task_cost([TASK])).tolist() == expected

@@ -38,7 +38,7 @@ from training.targets import samples as chunks_of
 from training.targets.context import REACH
 from training.targets.samples import Samples, document_samples, scored_chunks
 from training.targets.token_difficulty import FOLDS, fit_difficulty
-from training.task import scale_grid
+from training.task import scale_grid, task_cost
 
 AMOUNTS = Amounts(
     train_documents=7, validation_documents=4, test_documents=5, max_tokens=64, min_completion_tokens=16,
@@ -215,7 +215,7 @@ def record(tape: Tape, patch: pytest.MonkeyPatch) -> None:
         )  # fmt: skip
 
     around(train, "train_round", train_round)
-    around(train, "served_start", lambda policy, samples, knob: tape.served.append(samples))
+    around(train, "served_start", lambda policy, samples, knob, rung_bytes: tape.served.append(samples))
     around(PolicyFit, "training_step", lambda _, batch, index: tape.rounds[-1]["trained"].append(batch))
     around(PolicyFit, "validation_step", lambda _, batch, index: tape.rounds[-1]["validated"].append(batch))
     around(PolicyFit, "objective", lambda _, *batch: tape.rounds[-1]["lambda"].append((batch[0], batch[-1])))
@@ -419,7 +419,7 @@ def test_own_trajectories_are_the_policys_at_many_lambdas_from_where_they_are_se
         ordered = [start for _, start in sorted(zip(knobs, starts, strict=True))]
         assert ordered == sorted(starts, reverse=True)
         policy, served = served_by(wired, member)
-        assert train.served_start(policy, served, torch.tensor(knobs)).tolist() == starts
+        assert train.served_start(policy, served, torch.tensor(knobs), task_cost([tape.task])).tolist() == starts
         every |= set(knobs)
     assert len(every) == len(MEMBERS) * len(tape.paths[own_name(0)]), "every policy draws its own"
     assert tape.served

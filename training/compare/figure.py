@@ -77,14 +77,38 @@ def tradeoff_figure(summary: dict[str, Any], run: str) -> Figure:
     return figure
 
 
-def _draw_kl(axes: Axes, curves: dict[str, list[dict[str, Any]]], exported: str) -> None:
+def latency_figure(summary: dict[str, Any], run: str) -> Figure | None:
+    """KL over the milliseconds of a step, policy by policy; None where the clock does not tell the rungs apart."""
+    latency = summary["latency"]
+    if not latency["resolved"]:
+        return None
+    figure = Figure(figsize=(10.0, 5.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    timed = {name: rows for name, rows in summary["curves"].items() if all("latency_ms" in row for row in rows)}
+    _draw_kl(axes, timed, summary["exported"], "latency_ms")
+    ends = {latency["ms_base"]: "no adapter", latency["ms"][-1]: "exact"}
+    for ms, name in ends.items():
+        axes.axvline(ms, color="#999999", linewidth=1.5, linestyle=":")
+        axes.annotate(f" {name}", (ms, 1), xycoords=("data", "axes fraction"), fontsize=13, va="top")
+    _plain(axes)
+    batch, deciding = latency["batch"], latency["controller_ms"]
+    rows = "one row of the reference path" if batch is None else f"batch {batch}"
+    beside = "" if deciding is None else f"; deciding adds {deciding:.3f}"
+    figure.supxlabel(
+        f"milliseconds a step, mean over scored tokens ({run}, {latency['device']}, {rows}{beside})", fontsize=14
+    )
+    return figure
+
+
+def _draw_kl(axes: Axes, curves: dict[str, list[dict[str, Any]]], exported: str, over: str = "mean_rank") -> None:
     for place, (name, rows) in enumerate(curves.items()):
-        points = sorted((row["mean_rank"], row["kl"]) for row in rows)
+        points = sorted((row[over], row["kl"]) for row in rows)
         if not points:
             continue
-        ranks, kls = zip(*points, strict=True)
+        spent, kls = zip(*points, strict=True)
         label = STYLE[name].label + (" (exported)" if name == exported else "")
-        axes.plot(ranks, kls, label=label, **_line(name, exported, len(curves) - 1 - place))
+        axes.plot(spent, kls, label=label, **_line(name, exported, len(curves) - 1 - place))
     if any(row["kl"] > 0 for rows in curves.values() for row in rows):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -141,6 +165,10 @@ def _frame(axes: Axes, ranks: list[float]) -> None:
     axes.set_xscale("function", functions=(lambda rank: np.sign(rank) * np.sqrt(np.abs(rank)), lambda x: x * np.abs(x)))
     axes.set_xticks(ranks, [f"{rank:.0f}" if rank >= 10 else f"{rank:.2g}" for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
     axes.tick_params(labelsize=14)
     axes.grid(True, color="#e6e6e6")
     axes.set_axisbelow(True)

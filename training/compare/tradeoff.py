@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from policy.files import write_whole
 
 from .curves import Curve
-from .figure import STYLE, tradeoff_figure
+from .figure import STYLE, latency_figure, tradeoff_figure
 
 
 def table(
@@ -57,7 +57,8 @@ def write_report(output: Path, summary: dict[str, Any]) -> Figure:
 
 
 def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any], params: dict[str, Any]) -> None:
-    """The figure, the trade-off to lay over that of other runs, and the HParams row: settings, what to compare runs by.
+    """The figure, where the clock tells the rungs apart KL over milliseconds as well, the trade-off to lay over that of
+    other runs, and the HParams row: settings, what to compare runs by.
 
     TensorBoard sorts cards by tag and opens the first two groups: `compare` and `eval` come before `hp`, `tradeoff` and
     `train`. Its steps are whole numbers: percent of the adapter's bytes. Over them it is given ratios alone, of a KL to
@@ -66,6 +67,9 @@ def log_report(logger: TensorBoardLogger, figure: Figure, summary: dict[str, Any
     not.
     """
     logger.experiment.add_figure("compare/tradeoff", figure, close=False)
+    timed = latency_figure(summary, Path(logger.root_dir).resolve().name)
+    if timed is not None:
+        logger.experiment.add_figure("compare/latency", timed, close=False)
     over_fixed = summary["over_fixed"]
     for name, ratios in over_fixed["at_rank"].items():
         for share, found in zip(over_fixed["share"], ratios, strict=True):

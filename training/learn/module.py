@@ -7,6 +7,9 @@ Two objectives, per chunk:
     latency    E_pi[ KL(full || rung, scale) ] + lambda * E_pi[ cost ] with pi the softmax of the policy's logits and
                lambda the knob that the chunk's run was at, else drawn anew for every chunk and epoch
 
+The cost is the policy's own: bytes, or for the second objective milliseconds, where these tell the rungs apart
+(`train.penalty`).
+
 The first is unbiased for the mean, needs no rung to be measured where others are, and cannot collapse to one rung; the
 second is divided by lambda, so that gradients have one size along the whole trade-off curve. KL is interpolated between
 the measured scales.

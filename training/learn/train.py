@@ -37,7 +37,7 @@ from ..targets.shards import tensors_digest
 from ..task import AdapterTask, FitContext, common_rungs, scale_grid, task_cost, task_rank
 from .calibrate import lambda_range
 from .checkpoint_io import SafetensorsCheckpointIO, latest
-from .module import DAMAGE, PolicyFit, loader
+from .module import DAMAGE, LATENCY, PolicyFit, loader
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,14 @@ def train_policy(
         for block in blocks
     ]
     training, held_out = ([part[which] for part in first] for which in (0, 1))
-    policy = new_policy(context, tasks, Samples.concatenate(training), calibrated, learning, number)
+    price, rung_bytes = penalty(tasks, latency, learning), task_cost(tasks)
+    policy = new_policy(context, tasks, Samples.concatenate(training), calibrated, learning, price, number)
     served = first[blocks.index(1)][0]
     for round_number in range(context.amounts.rounds + 1):
         if round_number > 0:
             paths = [
-                own_paths(context, task, policy, calibrated, served, learning, (number, round_number)) for task in tasks
+                own_paths(context, task, policy, calibrated, served, rung_bytes, learning, (number, round_number))
+                for task in tasks
             ]
             for parts, more in zip((training, held_out), split_samples(tasks, paths, calibrated), strict=True):
                 parts.append(more)
@@ -105,13 +107,21 @@ def member_seed(context: FitContext, number: int) -> int:
     return context.seed + 7_919 * number
 
 
+def penalty(tasks: Sequence[AdapterTask], latency: LatencyTable, learning: Learning) -> Tensor:
+    """[J] what lambda is a price of, 1 at the top: with the objective `latency` the share of the milliseconds that the
+    adapter adds, where the table tells the rungs apart; else the share of its bytes."""
+    if learning.objective == LATENCY and latency.resolved:
+        return torch.tensor(latency.cost())
+    return task_cost(tasks)
+
+
 def new_policy(
     context: FitContext, tasks: Sequence[AdapterTask], samples: Samples, calibrated: Calibrated, learning: Learning,
-    number: int = 0,
+    cost: Tensor, number: int = 0,
 ) -> LearnedPolicy:  # fmt: skip
-    """An untrained policy whose normalisers and range of lambda are those of the training samples, with the mean token
-    difficulty of the tasks for whoever has none."""
-    amounts, cost, scales = context.amounts, task_cost(tasks), scale_grid(context.amounts, tasks)
+    """An untrained policy of rungs at these costs [J], whose normalisers and range of lambda are those of the training
+    samples, with the mean token difficulty of the tasks for whoever has none."""
+    amounts, scales = context.amounts, scale_grid(context.amounts, tasks)
     reach = lambda_range(samples.damage.amin(2), samples.tokens, cost)
     widest = max(abs(scale - 1.0) for scale in scales)
     difficulty = Difficulty.mean([task.found().difficulty.whole for task in tasks])
@@ -130,10 +140,11 @@ def new_policy(
 
 def own_paths(
     context: FitContext, task: AdapterTask, policy: LearnedPolicy, calibrated: Calibrated, samples: Samples,
-    learning: Learning, number: tuple[int, int],
+    rung_bytes: Tensor, learning: Learning, number: tuple[int, int],
 ) -> dict[int, Trajectory]:  # fmt: skip
     """Trajectories of decode under the policy at random lambda, each starting where serving would start it, with what a
-    few rungs of every token would have lost there; `number` is that of the policy and of the round."""
+    few rungs of every token would have lost there; `rung_bytes` [J] are the rungs' shares of bytes, `number` is that of
+    the policy and of the round."""
     member, round_number = number
     # The latency objective needs every rung of a chunk: it takes those of uniform runs.
     probes = context.amounts.probes if learning.objective == DAMAGE else 0
@@ -142,7 +153,7 @@ def own_paths(
         generator = torch.Generator().manual_seed(member_seed(context, member) * 10_007 + 101 * round_number + shard)
         low, high = policy.log_lambda_range
         knob = low + (high - low) * torch.rand(rows, generator=generator)
-        return Operating.at(knob, served_start(policy, samples, knob))
+        return Operating.at(knob, served_start(policy, samples, knob, rung_bytes))
 
     scales = scale_grid(context.amounts, [task])
     grid = torch.tensor(scales).expand(len(task.ladder.rungs), -1)
@@ -171,15 +182,16 @@ def own_paths(
     return dict(zip(chosen, own, strict=True))
 
 
-def served_start(policy: LearnedPolicy, samples: Samples, knob: Tensor) -> Tensor:
-    """[B] long: the dearest rung within the budget that each knob [B] spends on the chunks of `samples`.
+def served_start(policy: LearnedPolicy, samples: Samples, knob: Tensor, rung_bytes: Tensor) -> Tensor:
+    """[B] long: the dearest rung within the budget that each knob [B] spends on the chunks of `samples`;
+    `rung_bytes` [J] are the rungs' shares of bytes, which a budget is of whatever lambda is a price of.
 
     It is where `PolicyCheckpoint.operating` starts a row whose budget leads to that knob.
     """
     device = policy.cost.device
     some = torch.linspace(0, len(samples) - 1, min(len(samples), START_CHUNKS)).long()
     summary = Summary.from_features(samples.features[some].to(device))
-    cost, scored = policy.cost.double(), samples.scored[some].to(device).double()
+    cost, scored = rung_bytes.to(device).double(), samples.scored[some].to(device).double()
     starts = []
     for own in knob.to(device):
         rung = policy.decide(summary, own.expand(len(some))).rung
