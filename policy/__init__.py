@@ -12,6 +12,7 @@ decisions, `training` fits a policy and calibrates its knob, and both meet here.
     fixed, percentile, learned             policies to serve
     random, oracle                         what they are compared with
     cost, curve                            what a rung costs; which knob spends a given budget
+    measured                               what the rungs take on a device, as a file
     reading                                files from users, read before they are believed
     checkpoint                             a policy on disk, with what it was fitted to and how well it did
 """

@@ -61,9 +61,14 @@ class LatencyTable:
         check_fields(self, "latency")
 
     @property
+    def of_engine(self) -> bool:
+        """Whether a step of the engine was measured, not one of the reference path."""
+        return self.batch is not None
+
+    @property
     def where(self) -> str:
         """What was measured, for people: the device, and of the engine the rows of a batch."""
-        return self.device if self.batch is None else f"{self.device} at batch {self.batch}"
+        return f"{self.device} at batch {self.batch}" if self.of_engine else self.device
 
     @property
     def resolved(self) -> bool:
@@ -127,7 +132,7 @@ class LatencyTables:
     @property
     def of_engine(self) -> bool:
         """Whether the engine's steps were measured, not those of the reference path."""
-        return self.batch is not None
+        return self.chosen.of_engine
 
     @property
     def chosen(self) -> LatencyTable:

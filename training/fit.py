@@ -110,8 +110,8 @@ def fit(
         signals: What the policy looks at: four (the paper's signals), default (surprisal and token difficulty too) or
             hidden (the model's last hidden state and the next embedding too).
         objective: What it learns by: damage (regression of every rung's KL, then least damage + lambda * bytes) or
-            latency (expected KL + lambda * cost of its own choice, directly; cost is milliseconds where the table of
-            latency tells the rungs apart, else bytes).
+            latency (expected KL + lambda * cost of its own choice, directly; cost is milliseconds where a table given
+            as `latency` tells the rungs apart, else bytes).
         latency: File that `python -m runtime.measure` wrote of this model and ladder; left out, the reference path is
             measured.
         latency_batch: Which of its batch buckets the fit goes by; default the smallest.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -100,16 +101,13 @@ def measure_cost(
             f"model: expected a model and an adapter that the engine covers, got some that it does not: {reason}; "
             "leave the table out, and training.fit measures the reference path"
         )
-    bench = Bench(model, ladder, ADAPTERS.take("adapters", adapters), context_tokens, rounds, steps)
+    adapters = ADAPTERS.take("adapters", adapters)
+    with _fits("adapters", "copies", adapters):
+        bench = Bench(model, ladder, adapters, context_tokens, rounds, steps)
     tables = []
     for batch in batches:
-        try:
+        with _fits("batch", "rows", f"{batch} rows of {context_tokens} tokens"):
             tables.append(bench.measure(batch, clock or gpu_ms))
-        except torch.OutOfMemoryError:
-            raise refused(
-                "batch", "rows that fit the device's memory", f"{batch} rows of {context_tokens} tokens",
-                "lower it, or the context",
-            ) from None  # fmt: skip
         say(described(tables[-1], ladder.rungs))
     return MeasuredCost(
         model=model_fingerprint(model), adapter=ladder.adapter, ladder=ladder.fingerprint,
@@ -202,6 +200,15 @@ class Bench:
 def _knob(policy: RankPolicy, rung: int) -> float:
     """Where the rung is settled: a fixed policy's knob is the rung; a traced one may stand anywhere."""
     return float(rung) if isinstance(policy, FixedPolicy) else policy.knob_range()[1]
+
+
+@contextmanager
+def _fits(name: str, what: str, got: object) -> Iterator[None]:
+    """Turn a device that is out of memory into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise refused(name, f"{what} that fit the device's memory", got, "lower it, or --context") from None
 
 
 def release(device: torch.device) -> None:

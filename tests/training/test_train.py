@@ -191,15 +191,16 @@ def test_a_round_learns_by_the_objective_it_was_given(run, parts):
 
 
 @pytest.mark.parametrize(
-    ("objective", "spread_ms", "by_time"), [(LATENCY, 0.1, True), (LATENCY, 4.0, False), (DAMAGE, 0.1, False)]
+    ("objective", "spread_ms", "batch", "by_time"),
+    [(LATENCY, 0.1, 32, True), (LATENCY, 4.0, 32, False), (LATENCY, 0.1, None, False), (DAMAGE, 0.1, 32, False)],
 )
 def test_lambda_is_a_price_of_milliseconds_where_those_are_learned_by_and_told_apart(
-    context, task, objective, spread_ms, by_time
+    context, task, objective, spread_ms, batch, by_time
 ):
     """Rungs of 3, 4, ... 11 ms, the base model of 2: in the policy, in the penalty of its loss and in where a knob
-    starts; budgets stay shares of bytes."""
+    starts; budgets stay shares of bytes. Of the reference path, whose table has no batch, they never are."""
     ms = tuple(float(3 + rung) for rung in range(len(RUNGS)))
-    table, given = LatencyTable("here", ms, 2.0, spread_ms, batch=32), []
+    table, given = LatencyTable("here", ms, 2.0, spread_ms, batch), []
 
     def own_paths(context, task, policy, calibrated, samples, rung_bytes, learning, number):
         given.append(rung_bytes)

@@ -109,8 +109,8 @@ def member_seed(context: FitContext, number: int) -> int:
 
 def penalty(tasks: Sequence[AdapterTask], latency: LatencyTable, learning: Learning) -> Tensor:
     """[J] what lambda is a price of, 1 at the top: with the objective `latency` the share of the milliseconds that the
-    adapter adds, where the table tells the rungs apart; else the share of its bytes."""
-    if learning.objective == LATENCY and latency.resolved:
+    adapter adds, where the engine was measured and its table tells the rungs apart; else the share of its bytes."""
+    if learning.objective == LATENCY and latency.of_engine and latency.resolved:
         return torch.tensor(latency.cost())
     return task_cost(tasks)
 
