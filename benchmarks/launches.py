@@ -101,23 +101,22 @@ class Kernels:
     def _norm(self) -> Norm:
         hidden = self.model.shape.hidden
         blocks = squares_of(self.batch, hidden, block_columns(hidden))
-        return Norm(torch.ones(self.batch, blocks, device=self.model.device), self.model.shape.eps)
+        return Norm(torch.ones(self.batch, blocks, device=self.model.device), self.model.shape.eps, hidden)
 
-    def _input(self, name: str) -> tuple[Tensor, Norm | None]:
-        """x of the linears of a site, and whether it is the residual with a norm to come."""
+    def _input(self, name: str) -> Tensor:
+        """x of the linears of a site."""
         width = self._linears(self.model.layers[0], name).weights[0].shape[1]
-        norm = self._norm() if name in ("qkv", "gate_up") else None
-        return self._random(self.batch, width, dtype=self.model.dtype), norm
+        return self._random(self.batch, width, dtype=self.model.dtype)
 
     def _linear(self, name: str) -> Kernel:
-        x, norm = self._input(name)
+        x = self._input(name)
         own = [self._linears(layer, name) for layer in self.model.layers]
         y = torch.empty(self.batch, sum(map(len, own[0].weights)), device=x.device)
-        launches = [partial(linear, x, one.weights, y, biases=one.biases, norm=norm) for one in own]
+        launches = [partial(linear, x, one.weights, y) for one in own]
         return Kernel(f"linear {name}", self.batch, None, _nbytes(x, *own[0].weights), launches, (y,))
 
     def _head(self) -> Kernel:
-        x, head = self._input("qkv")[0], self.model.head
+        x, head = self._input("qkv"), self.model.head
         y = torch.empty(self.batch, len(head), device=x.device)
         # There is one, and it is larger than any cache.
         launches = [partial(linear, x, (head,), y, norm=self._norm())] * 8
@@ -147,32 +146,47 @@ class Kernels:
             return [(layer, None) for layer in layers] * max(1, AT_LEAST // len(layers))
         members = len(self._linears(self.model.layers[0], name).weights)
         u = self._random(self.batch, members, self.store.directions)
+        columns = list(self.store.modules.values())[SITES[name]].columns
+        # Every input is there: nobody waits for it.
+        ready = torch.ones(len(self.store.modules), dtype=torch.int32, device=u.device)
+        sites = [layer * len(MEMBERS) + SITES[name] for layer in layers]
         return [
-            (layer, Shrink(u, reads, layer * len(MEMBERS) + SITES[name]))
+            (layer, Shrink(u, reads, site, columns, ready, site))
             for reads in self._reads(rung)
-            for layer in layers
+            for layer, site in zip(layers, sites, strict=True)
         ]
 
     def _shrink(self, name: str, rung: int) -> Kernel:
-        x, norm = self._input(name)
+        """Of one row it is part of the linear, and timed with that."""
+        x = self._input(name)
+        own = [self._linears(layer, name) for layer in self.model.layers]
+        sizes = [len(w) for w in own[0].weights]
+        y = torch.empty(self.batch, sum(sizes), device=x.device)
         launches, outputs = [], []
-        for _, update in self._updates(name, rung):
+        for layer, update in self._updates(name, rung):
             assert update is not None, "a rung reads something"
-            launches.append(partial(shrink, x, update.u, update.reads, update.site, norm))
+            if self.batch == 1:
+                launches.append(partial(linear, x, own[layer].weights, y, update=update))
+            else:
+                launches.append(partial(shrink, x, update, [*sizes, 0, 0][:3]))
             outputs.append(update.u)
         read = x.nbytes + self.batch * self._direction_bytes(name, rung, inputs=True)
+        if self.batch == 1:
+            return Kernel(f"linear + shrink {name}", 1, rung, read + _nbytes(*own[0].weights), launches, (outputs[0],))
         return Kernel(f"shrink {name}", self.batch, rung, read, launches, (outputs[0],))
 
     def _rotary(self, rung: int | str) -> Kernel:
         model, s = self.model, self.model.shape
         y = self._random(self.batch, (s.heads + 2 * s.kv_heads) * s.head_dim)
         query = torch.empty(self.batch, s.heads, s.head_dim, dtype=model.dtype, device=model.device)
-        pages = self._pages(layers=1)[0]
+        pages, norm = self._pages(layers=1)[0], self._norm()
         launches = []
         for layer, update in self._updates("qkv", rung):
             own = model.layers[layer]
             heads = Heads(model.cosine, model.sine, own.q_norm, own.k_norm, s.eps)
-            launches.append(partial(rotate, y, query, pages, heads, update=update))
+            launches.append(
+                partial(rotate, y, query, pages, heads, update=update, norm=norm, biases=own.qkv.biases)
+            )  # fmt: skip
         read = y.nbytes + self._expand_bytes("qkv", rung)
         return Kernel("expand rotary", self.batch, rung, read, launches, (query,))
 
@@ -180,10 +194,14 @@ class Kernels:
         inner = self.model.shape.inner
         y = self._random(self.batch, 2 * inner)
         h = torch.empty(self.batch, inner, dtype=self.model.dtype, device=y.device)
-        columns = block_columns(inner)
+        columns, norm = block_columns(inner), self._norm()
         launches = [
-            partial(gate_up, y, h, columns=columns, update=update) for _, update in self._updates("gate_up", rung)
-        ]
+            partial(
+                gate_up, y, h, columns=columns, update=update, norm=norm,
+                biases=self.model.layers[layer].gate_up.biases,
+            )
+            for layer, update in self._updates("gate_up", rung)
+        ]  # fmt: skip
         return Kernel("expand gated", self.batch, rung, y.nbytes + self._expand_bytes("gate_up", rung), launches, (h,))
 
     def _residual(self, rung: int | str) -> Kernel:

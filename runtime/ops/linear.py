@@ -14,6 +14,7 @@ Shape legend: B rows, D inputs, N outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -170,7 +171,8 @@ def linear(
     tiles = tiles or Tiles.of(batch, sum(sizes), inputs, x.element_size())
     padded = [*weights, *[weights[0]] * (3 - len(weights))]
     norms, constants = Norm.arguments(norm, x)
-    adapters, shrinks = (x, 4, x, 0, *(x,) * 4, 0), 0
+    adapters: tuple[Any, ...] = (x, 4, x, 0, *(x,) * 4, 0)
+    shrinks = 0
     merged = {"Q": 1, "R": 1, "MEMBERS": 1, "M": 1, **Shares(1, 1, 4, 1, 1).constants()}
     if update is not None:
         adapters = (update.u, 4, update.ready, update.before, *update.reads.tensors, update.site)

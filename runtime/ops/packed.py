@@ -55,54 +55,62 @@ _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
 _FOUR: tl.constexpr = tl.constexpr(256)
 
 
-def _selected(bits: int) -> tuple[str, str, str, str]:
-    """The high bytes of levels in bfloat16, of the first four and the next four codes, and the low ones likewise."""
-    words = LEVELS[bits].to(torch.bfloat16).view(torch.int16).tolist()
-    high, low = ([word >> shift & 255 for word in words[:8]] for shift in (8, 0))
-    return tuple(
-        hex(sum(byte << 8 * place for place, byte in enumerate(own)))
-        for own in (high[:4], high[4:], low[:4], low[4:])
-    )  # fmt: skip
+def _selected(bits: int) -> list[tuple[str, str]]:
+    """The bytes of levels in float32, highest first and without the lowest: of each those of the first four codes and
+    of the next four. 2 bits have no more than four, which are then there twice."""
+    words = LEVELS[bits].view(torch.int32).repeat(8 // min(8, len(LEVELS[bits]))).tolist()[:8]
+
+    def together(codes: list[int], shift: int) -> str:
+        return hex(sum((word >> shift & 255) << 8 * place for place, word in enumerate(codes)))
+
+    return [(together(words[:4], shift), together(words[4:], shift)) for shift in (24, 16, 8)]
 
 
-def _select(tables: tuple[str, str, str, str], word: str, outputs: tuple[int, int, int, int], signed: bool) -> str:
-    """PTX: what the four nibbles in the low half of `word` stand for, into `outputs`, float32. A nibble's lowest three
-    bits select a byte of eight, which `prmt` does four at a time; the highest, of `signed` ones, is the sign."""
-    high0, high1, low0, low1 = tables
-    sign = (
-        f"prmt.b32 s, 0x80808080, 0x80808080, {word}; shl.b32 s, s, 1; lop3.b32 h, h, s, 0x80808080, 0x78;"
-        if signed else ""
-    )  # fmt: skip
-    made = " ".join(
-        f"prmt.b32 ${output}, l, h, {0x4000 + 0x1111 * place};" for place, output in enumerate(outputs)
-    )  # fmt: skip
-    return (
-        f"and.b32 m, {word}, 0x7777; prmt.b32 h, {high0}, {high1}, m; prmt.b32 l, {low0}, {low1}, m; {sign} {made}"
-    )  # fmt: skip
+def _select(bits: int, word: str, outputs: tuple[int, int, int, int]) -> str:
+    """PTX: what the four nibbles in the low half of `word` stand for, into `outputs`, float32, of which the last 8 bits
+    repeat the 8 before. A nibble's lowest three bits select a byte of eight, which `prmt` does four at a time; at 4
+    bits the highest is the sign."""
+    lines = [f"and.b32 m, {word}, 0x7777;"]
+    lines += [
+        f"prmt.b32 {byte}, {first}, {last}, m;" for byte, (first, last) in zip("hkl", _selected(bits), strict=True)
+    ]
+    if bits == 4:
+        # A nibble's highest bit makes `prmt` repeat a byte's sign: 0xff, and else 0x80.
+        lines += [
+            f"prmt.b32 s, 0x80808080, 0x80808080, {word}; shl.b32 s, s, 1;",
+            "lop3.b32 h, h, s, 0x80808080, 0x78;",  # h ^ (s & 0x80...)
+        ]
+    for pair in (0, 1):
+        lines.append(f"prmt.b32 p, k, h, {(0x5140, 0x7362)[pair]:#x};")
+        for half in (0, 1):
+            place = 2 * pair + half
+            # Bytes l, l, k and h of a value.
+            lines.append(f"prmt.b32 ${outputs[place]}, l, p, {(0x5400, 0x7600)[half] + 0x11 * place:#x};")
+    return " ".join(lines)
 
 
 def _assembly(*body: str) -> str:
-    return " ".join(("{ .reg .b32 m, h, l, s, w, t;", *body, "}"))
+    return " ".join(("{ .reg .b32 m, h, k, l, s, p, w, t;", *body, "}"))
 
 
 _FOUR_BITS: tl.constexpr = tl.constexpr(
     _assembly(
-        _select(_selected(4), "$8", (0, 4, 1, 5), True),
+        _select(4, "$8", (0, 4, 1, 5)),
         "shr.u32 t, $8, 16;",
-        _select(_selected(4), "t", (2, 6, 3, 7), True),
+        _select(4, "t", (2, 6, 3, 7)),
     )
 )
 """Of four bytes the values of their low nibbles, then of their high ones."""
 _TWO_BITS: tl.constexpr = tl.constexpr(
     _assembly(
         "and.b32 w, $16, 0x33333333;",
-        _select(_selected(2), "w", (0, 8, 1, 9), False),
+        _select(2, "w", (0, 8, 1, 9)),
         "shr.u32 t, w, 16;",
-        _select(_selected(2), "t", (2, 10, 3, 11), False),
+        _select(2, "t", (2, 10, 3, 11)),
         "shr.u32 w, $16, 2; and.b32 w, w, 0x33333333;",
-        _select(_selected(2), "w", (4, 12, 5, 13), False),
+        _select(2, "w", (4, 12, 5, 13)),
         "shr.u32 t, w, 16;",
-        _select(_selected(2), "t", (6, 14, 7, 15), False),
+        _select(2, "t", (6, 14, 7, 15)),
     )
 )
 """Of four bytes the values of their lowest two bits, of the next, and so on."""

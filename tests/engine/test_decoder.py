@@ -11,7 +11,6 @@ import torch
 from runtime.control.record import Keep
 from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
 from runtime.engine import decoder as decoders
-from runtime.engine import step
 from runtime.engine.buffers import Buffers, Pool
 from runtime.engine.decoder import pages_for, probed_layers, splits_for
 from runtime.engine.graph import Graph
@@ -19,6 +18,7 @@ from runtime.engine.model import model_of
 from runtime.generate.fast import FastPath
 from runtime.generate.options import Options
 from runtime.kv.formats import FULL
+from runtime.ops.shrink import Shares
 from runtime.plan import plan_run
 from runtime.reference.adaptive import activate
 from tests.engine.tiny import BUDGETS, GREEDY, prompts
@@ -37,7 +37,7 @@ def begun(monkeypatch):
 
     monkeypatch.setattr(decoders.Decoder, "begin", begin)
     monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
-    monkeypatch.setattr(step, "shrink", functools.partial(step.shrink, directions=8, shares=1))
+    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128, 4))
     return found
 
 
@@ -180,7 +180,6 @@ def test_parts_and_pages_and_probes():
 def test_buffers_are_views_of_what_they_have(llama, rows):
     model = model_of(llama, 16)
     buffers = Buffers.of(model, rows, pages=2, directions=5, probes=1, splits=2)
-    assert buffers.alone == (rows == 1)
     assert buffers.outputs(7).shape == (rows, 7)
     assert buffers.shrunk(2).shape == (rows, 2, 5)
     assert buffers.outputs(2 * model.shape.inner).data_ptr() == buffers.y.data_ptr()

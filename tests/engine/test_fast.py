@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, StoppingCriteria, TextStreamer, set_se
 from policy import Operating, PercentilePolicy
 from runtime import adaptive, generate
 from runtime.engine import decoder as decoders
-from runtime.engine import step
+from runtime.ops.shrink import Shares
 from tests.engine import tiny
 from tests.engine.tiny import BUDGETS, GREEDY, prompts
 
@@ -35,7 +35,7 @@ def made(monkeypatch):
 
     monkeypatch.setattr(import_module("runtime.generate.fast"), "Decoder", Kept)
     monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
-    monkeypatch.setattr(step, "shrink", functools.partial(step.shrink, directions=8, shares=1))
+    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128, 4))
     return found
 
 

@@ -5,7 +5,6 @@ Kernels are run where what they do is looked at; everywhere else a clock stands 
 
 from __future__ import annotations
 
-import functools
 import statistics
 import subprocess
 import sys
@@ -18,12 +17,12 @@ import torch
 from policy import FixedPolicy, Settings
 from policy.measured import MeasuredCost
 from runtime.engine import decoder as decoders
-from runtime.engine import step
 from runtime.fingerprint import model_fingerprint
 from runtime.ladder import save_ladder
 from runtime.loading import device_name
 from runtime.measure.__main__ import measure, parser
 from runtime.measure.steps import described, measure_cost
+from runtime.ops.shrink import Shares
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, ROUNDS = 20, 4
@@ -125,7 +124,7 @@ def test_what_runs_reads_the_rung_that_it_is_timed_as(llama, ladders, monkeypatc
     """For real: tokens and pages alike, the base model, a coded rung and the exact adapter differ, and deciding at the
     exact one computes what it does."""
     monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
-    monkeypatch.setattr(step, "shrink", functools.partial(step.shrink, directions=8, shares=1))
+    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128, 4))
     ladder = ladders[0].with_rungs([2])
     found: dict[tuple[int, bool], torch.Tensor] = {}
     plain: list[torch.Tensor] = []
