@@ -92,7 +92,8 @@ def _rung(ladder: Ladder, name: str) -> Rung:
 
 
 def judged(found: Found, exactly: Sequence[int], steps: int) -> dict[str, Any]:
-    """What rows come to, and which bars they do not keep."""
+    """What rows come to, and which bars they do not keep; where the two are apart, how often each is right, which is to
+    say goes on as float32 does."""
     error, own = (float(x.mean().sqrt()) for x in (found.reference, found.engine))
     ratio = own / error if error else None
     apart = ~found.agree
@@ -100,6 +101,8 @@ def judged(found: Found, exactly: Sequence[int], steps: int) -> dict[str, Any]:
     record: dict[str, Any] = {
         "rows": len(found.agree), "steps": found.agree.numel(), "agreement": float(found.agree.double().mean()),
         "disagreements": int(apart.sum()), "largest_gap": float(gaps.max()) if len(gaps) else 0.0,
+        "right_reference": int((found.right_reference & apart).sum()),
+        "right_engine": int((found.right_engine & apart).sum()),
         "error_reference": error, "error_engine": own, "error_ratio": ratio,
         "float32_tokens_equal": all(count == steps + 1 for count in exactly),
     }  # fmt: skip
@@ -236,11 +239,23 @@ def _record(
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:
-    columns = ("rung, rows", "steps", "agree %", "worst gap", "error", "reference's", "ratio", "fp32", "free tokens")
+    columns = (
+        "rung, rows",
+        "steps",
+        "agree %",
+        "apart, right",
+        "worst gap",
+        "error",
+        "reference's",
+        "ratio",
+        "fp32",
+        "free tokens",
+    )
     rows = [
         [
             f"{own['rung']}, {own['rows']} {own['rows_are']}", f"{own['steps']:,}", f"{100 * own['agreement']:.2f}",
-            f"{own['largest_gap']:.2f}", f"{own['error_engine']:.5f}", f"{own['error_reference']:.5f}",
+            f"{own['disagreements']}, {own['right_engine']} : {own['right_reference']}", f"{own['largest_gap']:.2f}",
+            f"{own['error_engine']:.5f}", f"{own['error_reference']:.5f}",
             "-" if own["error_ratio"] is None else f"{own['error_ratio']:.3f}",
             "equal" if own["float32_tokens_equal"] else "OTHERS", f"{own['free_tokens']:.1f}",
         ]

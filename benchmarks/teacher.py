@@ -46,14 +46,19 @@ class Found:
     """float64: mean square over V of the reference's error to float32"""
     engine: Tensor
     """float64: of the engine's"""
+    right_reference: Tensor
+    """bool: the reference would go on as float32 does"""
+    right_engine: Tensor
+    """bool: the engine would"""
 
     @classmethod
     def of(cls, engine: Tensor, reference: Tensor, exact: Tensor) -> Found:
         """From logits [B, N, V] of both, and in float32."""
         best = exact.topk(2, dim=-1).values
         own, other = ((logits.double() - exact.double()).square().mean(-1) for logits in (engine, reference))
-        agree = engine.argmax(-1) == reference.argmax(-1)
-        return cls(*(x.cpu() for x in (agree, best[..., 0] - best[..., 1], other, own)))
+        ours, theirs, right = (logits.argmax(-1) for logits in (engine, reference, exact))
+        gap = best[..., 0] - best[..., 1]
+        return cls(*(x.cpu() for x in (ours == theirs, gap, other, own, theirs == right, ours == right)))
 
     def rows(self, index: Sequence[int]) -> Found:
         """Those of these rows."""

@@ -100,7 +100,9 @@ def test_a_fault_in_the_engine_is_found_and_is_a_status(run, folders, monkeypatc
 
 
 def found(agree=(True, True), gap=(1.0, 1.0), reference=(4.0, 4.0), engine=(4.0, 4.0)):
-    return Found(torch.tensor([agree]), *(torch.tensor([own], dtype=torch.float64) for own in (gap, reference, engine)))
+    numbers = (torch.tensor([own], dtype=torch.float64) for own in (gap, reference, engine))
+    right = torch.tensor([[True] * len(agree)])
+    return Found(torch.tensor([agree]), *numbers, right, ~right)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,9 @@ def found(agree=(True, True), gap=(1.0, 1.0), reference=(4.0, 4.0), engine=(4.0,
     ],
 )
 def test_bars(given, exactly, missed):
-    assert judged(given, [exactly], 2)["missed"] == missed
+    record = judged(given, [exactly], 2)
+    assert record["missed"] == missed
+    assert (record["right_reference"], record["right_engine"]) == (record["disagreements"], 0)
 
 
 def test_what_is_found_at_a_step():
@@ -128,6 +132,7 @@ def test_what_is_found_at_a_step():
     own = Found.of(exact + torch.tensor([0.0, 0.0, 1.0, 1.0]), exact + 2, exact)
     assert [own.agree.tolist(), own.gap.tolist()] == [[[False]], [[0.5]]]
     assert [own.reference.tolist(), own.engine.tolist()] == [[[4.0]], [[0.5]]]
+    assert [own.right_reference.tolist(), own.right_engine.tolist()] == [[[True]], [[False]]]
     assert Found.joined([own, Found.of(exact, exact, exact)]).rows([1]).agree.tolist() == [[True]]
 
 
