@@ -134,7 +134,7 @@ class Kernels:
         found = []
         times = max(1, min(AT_LEAST // self.model.shape.layers, len(self.store.ladders) // self.batch))
         for number in range(times):
-            reads = reads_for(self.batch, len(self.store.modules), self.store.arena, self.model.dtype)
+            reads = reads_for(self.batch, len(self.store.modules), self.store.arena)
             resolve(reads, self._rows(rung, number * self.batch), self.store.tables)
             found.append(reads)
         return found
@@ -268,7 +268,7 @@ class Kernels:
 
     def _resolve(self) -> Kernel:
         modules = len(self.store.modules)
-        reads = reads_for(self.batch, modules, self.store.arena, self.model.dtype)
+        reads = reads_for(self.batch, modules, self.store.arena)
         launches = [partial(resolve, reads, self._rows(rung, 0), self.store.tables) for rung in MIX]
         launches *= max(1, AT_LEAST // len(launches))
         # Of every module four ends and sixteen numbers.

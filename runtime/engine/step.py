@@ -87,9 +87,14 @@ class Forward:
         b, update = self.buffers, None
         if self.reads is not None:
             site = layer * len(MEMBERS) + first
-            before = (SITES[SITES.index(first) - 1] + (layer - (first == QKV)) * len(MEMBERS)) % len(b.ready)
             columns = self.model.shape.head_dim if first == QKV else block_columns(len(own.weights[0]))
-            update = Shrink(b.shrunk(len(own.weights)), self.reads, site, columns, b.ready, before)
+            update = Shrink(b.shrunk(len(own.weights)), self.reads, site, columns, b.ready, self._before(site))
         y = b.outputs(sum(len(w) for w in own.weights))
         linear(x, own.weights, y, update=update)
         return y, update
+
+    def _before(self, site: int) -> int:
+        """The site that comes before this one in a step; before the first, the last of the step before."""
+        layers = range(self.model.shape.layers)
+        sites = [layer * len(MEMBERS) + first for layer in layers for first in SITES]
+        return sites[sites.index(site) - 1]

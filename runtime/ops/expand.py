@@ -22,33 +22,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packed import ENDS, ROWS, block_rows, eight_bits, four_bits, number, two_bits
+from .packed import ROWS, block_rows, eight_bits, ends_of, four_bits, number, two_bits
 from .shrink import Shrink
 
-_ENDS: tl.constexpr = tl.constexpr(ENDS)
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 
 
 @triton.jit
-def _wide_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
-    """Four quarters [K, L] of 16-bit directions below `end`; base points to direction 0 and at [L] says where in it."""
+def _whole_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
+    """Four quarters [K, L] of directions below `end`, values at 16 bits or bytes at 8; base points to direction 0 and
+    at [L] says where in it."""
     mask = (direction < end)[:, None] & real[None, :]
     place = base + (direction[:, None] * (4 * QUARTER) + at[None, :])
-    v0 = tl.load(place, mask=mask, other=0.0)
-    v1 = tl.load(place + QUARTER, mask=mask, other=0.0)
-    v2 = tl.load(place + 2 * QUARTER, mask=mask, other=0.0)
-    return v0, v1, v2, tl.load(place + 3 * QUARTER, mask=mask, other=0.0)
-
-
-@triton.jit
-def _eight_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
-    """Their bytes at 8 bits."""
-    mask = (direction < end)[:, None] & real[None, :]
-    place = base + (direction[:, None] * (4 * QUARTER) + at[None, :])
-    b0 = tl.load(place, mask=mask, other=0)
-    b1 = tl.load(place + QUARTER, mask=mask, other=0)
-    b2 = tl.load(place + 2 * QUARTER, mask=mask, other=0)
-    return b0, b1, b2, tl.load(place + 3 * QUARTER, mask=mask, other=0)
+    v0 = tl.load(place, mask=mask, other=0)
+    v1 = tl.load(place + QUARTER, mask=mask, other=0)
+    v2 = tl.load(place + 2 * QUARTER, mask=mask, other=0)
+    return v0, v1, v2, tl.load(place + 3 * QUARTER, mask=mask, other=0)
 
 
 @triton.jit
@@ -85,8 +74,8 @@ def _add_four(a0, a1, a2, a3, factor, low, high, levels, KIND: tl.constexpr):
 
 
 @triton.jit
-def _add_two(a0, a1, a2, a3, factor, byte, pairs, KIND: tl.constexpr):
-    v0, v1, v2, v3 = two_bits(byte, pairs, KIND)
+def _add_two(a0, a1, a2, a3, factor, byte, levels, KIND: tl.constexpr):
+    v0, v1, v2, v3 = two_bits(byte, levels, KIND)
     return _sums(a0, a1, a2, a3, factor, v0, v1, v2, v3)
 
 
@@ -144,31 +133,25 @@ def fetched(
 ):  # fmt: skip
     """Tiles of the first directions of every format, at places `inner` of blocks number `block` [L]."""
     WIDTH: tl.constexpr = 4 * QUARTER
-    end16 = number(record, _ENDS)
-    end8 = number(record, _ENDS + 1)
-    end4 = number(record, _ENDS + 2)
-    end2 = number(record, _ENDS + 3)
+    end16, end8, end4, end2 = ends_of(record)
     k = tl.arange(0, K)
     base, at = _start(arena, record, block, 2, WIDTH // 2)
     low, high = _four_tile(base, at + inner, end8 + k, end4, real, QUARTER)
     base, at = _start(arena, record, block, 3, WIDTH // 4)
     byte = _two_tile(base, at + inner, end4 + k, end2, real, QUARTER)
     base, at = _start(arena, record, block, 1, WIDTH)
-    b0, b1, b2, b3 = _eight_tile(base, at + inner, end16 + tl.arange(0, FINE), end8, real, QUARTER)
+    b0, b1, b2, b3 = _whole_tile(base, at + inner, end16 + tl.arange(0, FINE), end8, real, QUARTER)
     SIZE: tl.constexpr = KIND.primitive_bitwidth // 8
     base, at = _start(arena, record, block, 0, WIDTH * SIZE)
     wide = base.to(tl.pointer_type(KIND))
-    w0, w1, w2, w3 = _wide_tile(wide, at // SIZE + inner, tl.arange(0, WIDE), end16, real, QUARTER)
+    w0, w1, w2, w3 = _whole_tile(wide, at // SIZE + inner, tl.arange(0, WIDE), end16, real, QUARTER)
     return w0, w1, w2, w3, b0, b1, b2, b3, low, high, byte
 
 
 @triton.jit
 def factors(u, record, K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr):
     """u of the directions that have been fetched; after the wait."""
-    end16 = number(record, _ENDS)
-    end8 = number(record, _ENDS + 1)
-    end4 = number(record, _ENDS + 2)
-    end2 = number(record, _ENDS + 3)
+    end16, end8, end4, end2 = ends_of(record)
     k = tl.arange(0, K)
     return (
         _factor(u, tl.arange(0, WIDE), end16), _factor(u, end16 + tl.arange(0, FINE), end8),
@@ -206,15 +189,12 @@ def settled(y, rstd, bias, column, width, real, BIAS: tl.constexpr, QUARTER: tl.
 
 @triton.jit
 def added(
-    y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, pairs, block, inner, real, KIND: tl.constexpr,
+    y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, block, inner, real, KIND: tl.constexpr,
     QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """y + rstd * B'u: of what has been fetched, and of what has not."""
     WIDTH: tl.constexpr = 4 * QUARTER
-    end16 = number(record, _ENDS)
-    end8 = number(record, _ENDS + 1)
-    end4 = number(record, _ENDS + 2)
-    end2 = number(record, _ENDS + 3)
+    end16, end8, end4, end2 = ends_of(record)
     k = tl.arange(0, K)
     if end16 > 0:
         a0, a1, a2, a3 = _zeros(WIDE, L)
@@ -225,7 +205,7 @@ def added(
         own = factor[0]
         for start in range(WIDE, end16 + WIDE, WIDE):
             direction = start + tl.arange(0, WIDE)
-            n0, n1, n2, n3 = _wide_tile(wide, at // SIZE + inner, direction, end16, real, QUARTER)
+            n0, n1, n2, n3 = _whole_tile(wide, at // SIZE + inner, direction, end16, real, QUARTER)
             following = _factor(u, direction, end16)
             a0, a1, a2, a3 = _add_wide(a0, a1, a2, a3, rstd * own, w0, w1, w2, w3)
             w0, w1, w2, w3 = n0, n1, n2, n3
@@ -238,7 +218,7 @@ def added(
         own = factor[1]
         for start in range(end16 + FINE, end8 + FINE, FINE):
             direction = start + tl.arange(0, FINE)
-            n0, n1, n2, n3 = _eight_tile(base, at + inner, direction, end8, real, QUARTER)
+            n0, n1, n2, n3 = _whole_tile(base, at + inner, direction, end8, real, QUARTER)
             following = _factor(u, direction, end8)
             a0, a1, a2, a3 = _add_eight(a0, a1, a2, a3, rstd * own, b0, b1, b2, b3, levels)
             b0, b1, b2, b3 = n0, n1, n2, n3
@@ -261,7 +241,7 @@ def added(
         for start in range(end4 + K, end2 + K, K):
             ahead = _two_tile(base, at + inner, start + k, end2, real, QUARTER)
             following = _factor(u, start + k, end2)
-            a0, a1, a2, a3 = _add_two(a0, a1, a2, a3, rstd * own, byte, pairs, KIND)
+            a0, a1, a2, a3 = _add_two(a0, a1, a2, a3, rstd * own, byte, levels, KIND)
             byte = ahead
             own = following
         y0, y1, y2, y3 = _with(y0, y1, y2, y3, a0, a1, a2, a3)
@@ -269,10 +249,10 @@ def added(
 
 
 def arguments(update: Shrink | None, like: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """A kernel's arguments u, records, arena, levels, pairs, site and `four`, and its constants, of what a shrink has
+    """A kernel's arguments u, records, arena, levels, site and `four`, and its constants, of what a shrink has
     left; without one nothing is added."""
     if update is None:
-        return (*(like,) * 5, 0, 4), {"M": 1, "R": 1, "LORA": False}
+        return (*(like,) * 4, 0, 4), {"M": 1, "R": 1, "LORA": False}
     return (
         (update.u, *update.reads.tensors, update.site, 4),
         {"M": update.reads.records.shape[1], "R": update.u.shape[2], "LORA": True},

@@ -18,7 +18,7 @@ from .shrink import Shrink
 
 @triton.jit
 def _gated(
-    y, squares, bias, bias_up, h, u, records, arena, levels, pairs, site, four,
+    y, squares, bias, bias_up, h, u, records, arena, levels, site, four,
     F: tl.constexpr, IN: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
     PADDED: tl.constexpr, EPS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr,
     QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr,
@@ -49,11 +49,11 @@ def _gated(
     u0, u1, u2, u3 = settled(y + F, rstd, bias_up, column, F, real, BIAS, QUARTER)
     if LORA:
         g0, g1, g2, g3 = added(
-            g0, g1, g2, g3, tiles, factor, rstd, u, record, arena, levels, pairs, block, inner, real, kind, QUARTER, K,
+            g0, g1, g2, g3, tiles, factor, rstd, u, record, arena, levels, block, inner, real, kind, QUARTER, K,
             WIDE, FINE, L,
         )  # fmt: skip
         u0, u1, u2, u3 = added(
-            u0, u1, u2, u3, tiles_up, factor_up, rstd, u + R, record_up, arena, levels, pairs, block, inner, real, kind,
+            u0, u1, u2, u3, tiles_up, factor_up, rstd, u + R, record_up, arena, levels, block, inner, real, kind,
             QUARTER, K, WIDE, FINE, L,
         )  # fmt: skip
     tl.store(h, (g0 * tl.sigmoid(g0) * u0).to(kind), mask=real)

@@ -10,9 +10,9 @@ of the one before still run, fetch what does not depend on them, and wait only t
     x = tl.load(...)              # what the kernel before wrote
     ...
 
-Every kernel of a step waits, whether it needs to or not, so what has been finished once stays so for all behind. Some
-wait before they release: then the one behind starts when the one before them has finished, and may read at once what
-that wrote. `resolve` and `embed` do, and `shrink`, so that the linear that reads the same x runs beside it.
+Every kernel of a step waits, whether it needs to or not, so what has been finished once stays so for all behind. Only
+`resolve` and `embed` wait before they release, so that whoever comes behind may read at once what was resolved: what
+releases late holds up every launch behind it (docs/log.md).
 
 What is not needed yet can be on its way as well: `fetch` brings memory as far as the L2 cache and holds no register.
 """
@@ -28,13 +28,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether kernels run in Triton's interpreter, which knows no assembly."""
 
 
 @triton.jit
 def dot(a, b, sums):
     """sums + a @ b in float32. Triton's interpreter multiplies the bit patterns of bfloat16, so it is given floats."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     else:
         return tl.dot(a, b, sums, input_precision="ieee")

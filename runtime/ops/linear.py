@@ -115,7 +115,7 @@ def _matrix(
 
 @triton.jit
 def _linear(
-    x, squares, w0, w1, w2, y, u, four, ready, before, records, arena, levels, pairs, site,
+    x, squares, w0, w1, w2, y, u, four, ready, before, records, arena, levels, site,
     B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NORM: tl.constexpr,
     IN: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, SHRINKS: tl.constexpr, BESIDE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
@@ -129,7 +129,7 @@ def _linear(
         wait(PDL)
         if SHRINKS > 0:
             shrink_share(
-                x, u, four, records, arena, levels, pairs, site, block + SHRINKS, D, N0, N1, N2, Q, True, R, MEMBERS,
+                x, u, four, records, arena, levels, site, block + SHRINKS, D, N0, N1, N2, Q, True, R, MEMBERS,
                 SHARES, M, K, SHRINK_BLOCK, WIDE, PDL,
             )  # fmt: skip
     else:
@@ -171,7 +171,7 @@ def linear(
     tiles = tiles or Tiles.of(batch, sum(sizes), inputs, x.element_size())
     padded = [*weights, *[weights[0]] * (3 - len(weights))]
     norms, constants = Norm.arguments(norm, x)
-    adapters: tuple[Any, ...] = (x, 4, x, 0, *(x,) * 4, 0)
+    adapters: tuple[Any, ...] = (x, 4, x, 0, *(x,) * 3, 0)
     shrinks = 0
     merged = {"Q": 1, "R": 1, "MEMBERS": 1, "M": 1, **Shares(1, 1, 4, 1, 1).constants()}
     if update is not None:

@@ -17,15 +17,15 @@ A quarter of a row is the unit of its codes: at 4 bits byte i holds columns i an
 B' within blocks of columns, block after block, so that a program that adds to one block reads a prefix of directions as
 one stretch of memory.
 
-Levels: `ladder.formats`; a value is level[code] times one scale a row, which is applied to the sum instead. Looking up
-is what reading few bits costs: of 4 bits the sixteen values share one cache line, of 2 bits two columns are one lookup.
+Levels: `ladder.formats`; a value is level[code] times one scale a row, which is applied to the sum instead. Turning
+codes into levels is what reading few bits costs: a load from a table takes twelve cycles (docs/log.md). So for models
+in bfloat16 levels of 4 and 2 bits are selected from constants, to 24 bits; else they are loaded.
 
 Shape legend: K directions of a tile, L columns of one quarter.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ladder.formats import LEVELS
+from .launch import INTERPRETED
 
 ALIGNMENT = 128
 """Bytes; of a cache line, and what every part of a ladder begins at a multiple of."""
@@ -53,6 +54,7 @@ _SCALES: tl.constexpr = tl.constexpr(SCALES)
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
 _FOUR: tl.constexpr = tl.constexpr(256)
+_TWO: tl.constexpr = tl.constexpr(272)
 
 
 def _selected(bits: int) -> list[tuple[str, str]]:
@@ -114,7 +116,6 @@ _TWO_BITS: tl.constexpr = tl.constexpr(
     )
 )
 """Of four bytes the values of their lowest two bits, of the next, and so on."""
-_SELECTS: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @dataclass(frozen=True)
@@ -127,26 +128,17 @@ class Reads:
     """[bytes] uint8"""
     levels: Tensor
     """[276] float32"""
-    pairs: Tensor
-    """[16] int32 or int64"""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order of a kernel's arguments."""
-        return self.records, self.arena, self.levels, self.pairs
+        return self.records, self.arena, self.levels
 
 
 @lru_cache(maxsize=16)
-def level_tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What codes are read as: one at a time, [256 + 16 + 4] float32 by 8, 4 and 2 bits; two 2-bit codes at once, [16].
-
-    An entry of the latter is both values, the lower code's lower: two bfloat16 in an int32, or two float32 in an int64,
-    as the model's dtype is.
-    """
-    code = torch.arange(16)
-    values = torch.stack([LEVELS[2][code & 3], LEVELS[2][code >> 2]], -1)
-    pairs = values.to(torch.bfloat16).view(torch.int32) if dtype == torch.bfloat16 else values.view(torch.int64)
-    return torch.cat([LEVELS[8], LEVELS[4], LEVELS[2]]).to(device), pairs[:, 0].to(device)
+def level_table(device: torch.device) -> Tensor:
+    """[256 + 16 + 4] float32: what codes of 8, 4 and 2 bits are read as."""
+    return torch.cat([LEVELS[8], LEVELS[4], LEVELS[2]]).to(device)
 
 
 @triton.jit
@@ -162,18 +154,15 @@ def number(record, FIELD: tl.constexpr):
 
 
 @triton.jit
-def part(arena, record, FIELD: tl.constexpr):
-    """Pointer to bytes of the arena."""
-    return arena + number(record, FIELD).to(tl.int64) * _ALIGNMENT
+def ends_of(record):
+    """Where directions end that are read at 16, 8, 4 and 2 bits."""
+    return number(record, _ENDS), number(record, _ENDS + 1), number(record, _ENDS + 2), number(record, _ENDS + 3)
 
 
 @triton.jit
-def halves(pair):
-    """Both values of entries of the table of pairs, float32."""
-    if pair.dtype == tl.int32:
-        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-    else:
-        return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def part(arena, record, FIELD: tl.constexpr):
+    """Pointer to bytes of the arena."""
+    return arena + number(record, FIELD).to(tl.int64) * _ALIGNMENT
 
 
 @triton.jit
@@ -188,7 +177,7 @@ def eight_bits(b0, b1, b2, b3, levels):
 @triton.jit
 def four_bits(low, high, levels, KIND: tl.constexpr):
     """Values of the four quarters: `low` are the bytes of the first and third, `high` those of the second and last."""
-    if _SELECTS and KIND.is_bf16():
+    if not INTERPRETED and KIND.is_bf16():
         v0, v2 = tl.inline_asm_elementwise(
             _FOUR_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [low], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
         )  # fmt: skip
@@ -207,17 +196,20 @@ def four_bits(low, high, levels, KIND: tl.constexpr):
 
 
 @triton.jit
-def two_bits(byte, pairs, KIND: tl.constexpr):
+def two_bits(byte, levels, KIND: tl.constexpr):
     """Values of the four quarters."""
-    if _SELECTS and KIND.is_bf16():
+    if not INTERPRETED and KIND.is_bf16():
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
             _TWO_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r", [byte],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=4,
         )  # fmt: skip
     else:
+        levels += _TWO
         byte = byte.to(tl.int32)
-        v0, v1 = halves(tl.load(pairs + (byte & 15)))
-        v2, v3 = halves(tl.load(pairs + (byte >> 4)))
+        v0 = tl.load(levels + (byte & 3))
+        v1 = tl.load(levels + ((byte >> 2) & 3))
+        v2 = tl.load(levels + ((byte >> 4) & 3))
+        v3 = tl.load(levels + (byte >> 6))
     return v0, v1, v2, v3
 
 

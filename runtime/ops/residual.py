@@ -28,7 +28,7 @@ def _store_quarter(value, r, normed, weight, column, mask):
 
 @triton.jit
 def _residual(
-    y, bias, r, normed, squares, weight, u, records, arena, levels, pairs, site, four,
+    y, bias, r, normed, squares, weight, u, records, arena, levels, site, four,
     D: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr,
     K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _residual(
     y0, y1, y2, y3 = settled(y + row * D, 1.0, bias, column, D, real, BIAS, QUARTER)
     if LORA:
         y0, y1, y2, y3 = added(
-            y0, y1, y2, y3, tiles, factor, 1.0, u, record, arena, levels, pairs, block, inner, real, kind, QUARTER, K,
+            y0, y1, y2, y3, tiles, factor, 1.0, u, record, arena, levels, block, inner, real, kind, QUARTER, K,
             WIDE, FINE, L,
         )  # fmt: skip
     total = _store_quarter(r0 + y0, r, normed, w0, column, real)

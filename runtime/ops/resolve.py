@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import dependent, release, wait
-from .packed import ENDS, PARTS, RECORD, STARTS_A, WEIGHT, Reads, level_tables
+from .packed import ENDS, PARTS, RECORD, STARTS_A, WEIGHT, Reads, level_table
 
 _ENDS: tl.constexpr = tl.constexpr(ENDS)
 _WEIGHT: tl.constexpr = tl.constexpr(WEIGHT)
@@ -98,8 +98,8 @@ def resolve(reads: Reads, rows: Rows, tables: Tables) -> None:
     )  # fmt: skip
 
 
-def reads_for(rows: int, modules: int, arena: Tensor, dtype: torch.dtype) -> Reads:
-    """Records of `rows` rows that read nothing yet, of ladders in `arena` whose exact factors are of `dtype`."""
+def reads_for(rows: int, modules: int, arena: Tensor) -> Reads:
+    """Records of `rows` rows that read nothing yet, of ladders in `arena`."""
     device = arena.device
     records = torch.zeros(rows, modules, RECORD, dtype=torch.int32, device=device)
-    return Reads(records, arena, *level_tables(dtype, device))
+    return Reads(records, arena, level_table(device))

@@ -54,7 +54,7 @@ class Heads:
 @triton.jit
 def _rotary(
     y, squares, bias_q, bias_k, bias_v, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages, u,
-    records, arena, levels, pairs, site, four,
+    records, arena, levels, site, four,
     H: tl.constexpr, HKV: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_EPS: tl.constexpr, IN: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
     M: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
@@ -88,7 +88,7 @@ def _rotary(
     y0, y1, y2, y3 = settled(y, rstd, bias + own * HEAD, lane, HEAD, real, BIAS, QUARTER)
     if LORA:
         y0, y1, y2, y3 = added(
-            y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, pairs, block, lane, real, kind, QUARTER, K,
+            y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, block, lane, real, kind, QUARTER, K,
             WIDE, FINE, L,
         )  # fmt: skip
     length = tl.load(lengths + row)

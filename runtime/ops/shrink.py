@@ -1,8 +1,8 @@
 """u = weight * scale * (A' x): of every row and member of a site the directions that the row's rung reads.
 
 A member is one of the linears that share an input: q, k and v; gate and up. What a row and member read is cut into
-units of K directions of one format, which programs take in turn. Codes are unpacked in registers, two columns by one
-lookup at 2 bits, and summed in float32; a direction's scales are applied to its sum. Where x has yet to be normed, so
+units of K directions of one format, which programs take in turn. Codes are turned into levels in registers and summed
+in float32; a direction's scales are applied to its sum. Where x has yet to be normed, so
 has u (`norm`).
 
 Of one row, programs of the linear that reads the same x do this (`linear`). Of more it is a launch of its own behind
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from .launch import dependent, fetch, release, wait
 from .packed import (
-    ENDS,
     FIRSTS,
     STARTS_A,
     WEIGHT,
     Reads,
     block_rows,
     eight_bits,
+    ends_of,
     four_bits,
     number,
     part,
@@ -36,7 +36,6 @@ from .packed import (
     two_bits,
 )
 
-_ENDS: tl.constexpr = tl.constexpr(ENDS)
 _WEIGHT: tl.constexpr = tl.constexpr(WEIGHT)
 _STARTS: tl.constexpr = tl.constexpr(STARTS_A)
 _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
@@ -84,12 +83,11 @@ def _input(x, at, mask):
 
 @triton.jit
 def _coded_sum(
-    x, four, rows, entries, direction, stop, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
+    x, four, rows, levels, direction, stop, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """[K] float32: packed rows at `direction` [K], those below `stop`, times x [D]; scales are left out.
 
-    rows points to direction 0 and `entries` to what codes are read as: pairs of them at 2 bits, FORMAT 3, else single
-    ones.
+    rows points to direction 0.
     `four` is 4: a number that the compiler does not know, so that a thread reads four bytes of several directions, for
     which it needs the same of x, and not sixteen of one.
     """
@@ -112,11 +110,11 @@ def _coded_sum(
         x2 = _input(x, 2 * QUARTER + place, real)
         x3 = _input(x, 3 * QUARTER + place, real)
         if FORMAT == 1:
-            v0, v1, v2, v3 = eight_bits(b0, b1, b2, b3, entries)
+            v0, v1, v2, v3 = eight_bits(b0, b1, b2, b3, levels)
         elif FORMAT == 2:
-            v0, v1, v2, v3 = four_bits(b0, b1, entries, x.dtype.element_ty)
+            v0, v1, v2, v3 = four_bits(b0, b1, levels, x.dtype.element_ty)
         else:
-            v0, v1, v2, v3 = two_bits(b0, entries, x.dtype.element_ty)
+            v0, v1, v2, v3 = two_bits(b0, levels, x.dtype.element_ty)
         total += v0 * x0 + v1 * x1 + v2 * x2 + v3 * x3
         b0 = n0
         b1 = n1
@@ -142,7 +140,7 @@ def _bytes(at, mask, FORMAT: tl.constexpr, QUARTER: tl.constexpr):
 
 @triton.jit
 def _coded_unit(
-    x, u, four, arena, record, entries, first, stop, weight, FORMAT: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    x, u, four, arena, record, levels, first, stop, weight, FORMAT: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """K directions from `first` on, those below `stop`; FORMAT 1, 2, 3: at 8, 4, 2 bits."""
@@ -150,7 +148,7 @@ def _coded_unit(
     direction = first + tl.arange(0, K)
     inside = direction < stop
     scale = row_scales(arena, record, direction, inside, FORMAT, R)
-    total = _coded_sum(x, four, rows, entries, direction, stop, FORMAT, D, K, BLOCK)
+    total = _coded_sum(x, four, rows, levels, direction, stop, FORMAT, D, K, BLOCK)
     tl.store(u + direction, total * weight * scale, mask=inside)
 
 
@@ -163,7 +161,7 @@ def _fetch_rows(arena, record, block, first, stop, FORMAT: tl.constexpr, SIZE: t
 
 @triton.jit
 def shrink_share(
-    x, u, four, records, arena, levels, pairs, site, program, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    x, u, four, records, arena, levels, site, program, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     N2: tl.constexpr, Q: tl.constexpr, ALL: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -175,10 +173,7 @@ def shrink_share(
     row = program // (MEMBERS * SHARES)
     member = program // SHARES % MEMBERS
     record = record_of(records, row, site + member, M)
-    end16 = number(record, _ENDS)
-    end8 = number(record, _ENDS + 1)
-    end4 = number(record, _ENDS + 2)
-    end2 = number(record, _ENDS + 3)
+    end16, end8, end4, end2 = ends_of(record)
     weight = number(record, _WEIGHT).to(tl.float32, bitcast=True)
     x += row * D
     u += (row * MEMBERS + member) * R
@@ -206,7 +201,7 @@ def shrink_share(
             _coded_unit(x, u, four, arena, record, levels, first, end4, weight, 2, D, R, K, BLOCK // 4)
         elif unit < last2:
             first = end4 + (unit - last4) * K
-            _coded_unit(x, u, four, arena, record, pairs, first, end2, weight, 3, D, R, K, BLOCK // 4)
+            _coded_unit(x, u, four, arena, record, levels, first, end2, weight, 3, D, R, K, BLOCK // 4)
         else:
             first = end16 + unit - last2
             _coded_unit(x, u, four, arena, record, levels, first, end8, weight, 1, D, R, 1, BLOCK // 4)
@@ -214,7 +209,7 @@ def shrink_share(
 
 @triton.jit
 def _shrink(
-    x, u, four, ready, records, arena, levels, pairs, site, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    x, u, four, ready, records, arena, levels, site, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     N2: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr, M: tl.constexpr,
     K: tl.constexpr, SHRINK_BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +218,7 @@ def _shrink(
     while tl.atomic_add(ready + site, 0, sem="acquire") == 0:
         pass
     shrink_share(
-        x, u, four, records, arena, levels, pairs, site, tl.program_id(0), D, N0, N1, N2, Q, False, R, MEMBERS, SHARES,
+        x, u, four, records, arena, levels, site, tl.program_id(0), D, N0, N1, N2, Q, False, R, MEMBERS, SHARES,
         M, K, SHRINK_BLOCK, WIDE, PDL,
     )  # fmt: skip
     wait(PDL)

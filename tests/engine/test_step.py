@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from policy.settings import PAGE_TOKENS
 from runtime.control.signals import distant_attention
 from runtime.engine.buffers import Buffers, Pool
-from runtime.engine.model import model_of, why_not
+from runtime.engine.model import DOWN, MEMBERS, model_of, why_not
 from runtime.engine.step import Forward
 from runtime.engine.store import AdapterStore
 from runtime.ladder import Ladder
@@ -105,7 +105,7 @@ class Batch:
                     peer.weights[:, length + step, rung] = weight
         self.store = store
         b = Buffers.of(self.model, len(prompts), 2, RANK, 1, splits)
-        reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena, model.dtype)
+        reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena)
         last = self.model.shape.layers - 1
         self.forward = Forward(
             self.model, None if store is None else store.tables, reads, Pool.of(self.model, 2 * len(prompts)), b,
@@ -138,6 +138,10 @@ class Batch:
                 b.rows.slot[row], b.rows.rung[row] = slot, rung
                 b.rows.weight[row] = weight * peer.ladder.scales[rung] if peer.ladder is not None else weight
         self.forward()
+        # Every shrink found its input there, and nobody is left to find that of an earlier site.
+        shrinks = self.uses and len(self.peers) > 1
+        last = len(MEMBERS) * (self.model.shape.layers - 1) + DOWN
+        assert b.ready.nonzero().flatten().tolist() == ([last] if shrinks else [])
         for row, peer in enumerate(self.peers):
             count = len(peer.tokens) - STEPS + step + 1
             if count == step + 1:

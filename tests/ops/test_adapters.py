@@ -66,7 +66,7 @@ class Adapters:
     def reads(self, uses: list[Use]) -> Reads:
         device = self.store.device
         slot, rung, weight = (torch.tensor(own, device=device) for own in zip(*uses, strict=True))
-        reads = reads_for(len(uses), len(MODULES), self.store.arena, self.dtype)
+        reads = reads_for(len(uses), len(MODULES), self.store.arena)
         resolve(reads, Rows(slot.int(), rung.int(), weight.float()), self.store.tables)
         return reads
 

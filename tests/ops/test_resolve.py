@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.ops.packed import ENDS, PARTS, STARTS_A, WEIGHT, level_tables
+from runtime.ladder.formats import CODED, LEVELS
+from runtime.ops.packed import ENDS, PARTS, STARTS_A, WEIGHT, level_table
 from runtime.ops.reference import decode as reference
 from runtime.ops.resolve import Rows, Tables, reads_for, resolve
 
@@ -28,7 +29,7 @@ def test_records(modules, device):
     uses = [(4, 3, -0.5), (-1, GARBAGE, 0.5), (0, 0, 1.5), (2, 1, 0.0), (3, 2, 1.0)]
     slot, rung, weight = (torch.tensor(own, device=device) for own in zip(*uses, strict=True))
     rows = Rows(slot.int(), rung.int(), weight.float())
-    reads = reads_for(len(uses), modules, torch.empty(0, dtype=torch.uint8, device=device), torch.float32)
+    reads = reads_for(len(uses), modules, torch.empty(0, dtype=torch.uint8, device=device))
     assert not reads.records.any()
     reads.records.fill_(UNUSED)
     resolve(reads, rows, tables)
@@ -46,9 +47,7 @@ def test_records(modules, device):
             assert set(record[STARTS_A + PARTS :].tolist()) == {UNUSED}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_pair_of_codes_is_both_of_their_values(dtype, device):
-    levels, pairs = level_tables(dtype, device)
-    two = levels[256 + 16 :]
-    for both, pair in enumerate(pairs):
-        assert pair[None].view(dtype).tolist() == [two[both & 3].to(dtype), two[both >> 2].to(dtype)]
+def test_levels_of_all_formats_lie_in_one_table(device):
+    found = level_table(device).cpu().split([256, 16, 4])
+    for bits, own in zip(CODED[::-1], found, strict=True):
+        assert torch.equal(own, LEVELS[bits])
