@@ -43,6 +43,7 @@ from .printing import (
     parse,
     print_table,
     read_bandwidth,
+    require_gpu,
     result_path,
     write,
 )  # fmt: skip
@@ -111,8 +112,7 @@ def benchmark(args: argparse.Namespace) -> None:
     traces = load_traces(Path(args.trace))
     wanted = list(cases(args.context, args.batch_context, args.adapters, traces))
     known = None if args.into is None else load_record(Path(args.into))
-    if device.type != "cuda":
-        raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
+    require_gpu(device)
     if known is not None and (known["shape"], known["device"]) != (args.shape, device_name(device)):
         got = f"one of {known['shape']} on {known['device']}"
         raise ValueError(f"--into: expected a record of {args.shape} on {device_name(device)}, got {got}; time it anew")

@@ -41,6 +41,7 @@ from .printing import (
     parse,
     print_table,
     read_bandwidth,
+    require_gpu,
     result_path,
     spread,
 )  # fmt: skip
@@ -140,8 +141,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """Check what is asked for, then time every kernel of the shape; print the table and write the record."""
     device = default_device()
     path = result_path(args.output, f"kernels-{args.shape}-{device_slug(device)}")
-    if device.type != "cuda":
-        raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
+    require_gpu(device)
     measure(args, device, path)
 
 

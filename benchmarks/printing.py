@@ -29,7 +29,8 @@ PACKAGES = ("torch", "transformers", "peft")
 
 __all__ = [
     "commit", "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse",
-    "print_table", "read_bandwidth", "result_path", "seconds", "spread", "synchronise", "versions", "write",
+    "print_table", "read_bandwidth", "require_gpu", "result_path", "seconds", "spread", "synchronise", "versions",
+    "write",
 ]  # fmt: skip
 
 
@@ -42,6 +43,12 @@ def parse(parser: argparse.ArgumentParser, limits: Mapping[str, Limit]) -> argpa
     for name, limit in limits.items():
         limit.take(f"--{name}", getattr(args, name.replace("-", "_")))
     return args
+
+
+def require_gpu(device: torch.device) -> None:
+    """Raises ValueError for another device, the speed of which nobody asks for."""
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
 
 
 def result_path(output: str | Path | None, default_name: str) -> Path:

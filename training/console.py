@@ -8,10 +8,10 @@ import sys
 from typing import NoReturn
 
 import datasets
-import transformers
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
+from runtime import loading
 from runtime.command import BAD_INPUT
 
 OF_A_KEY = re.compile(r'Parser key "([^"]+)":\s*')
@@ -56,12 +56,10 @@ def is_first_process() -> bool:
 
 
 def quiet_libraries() -> None:
-    """No progress bars, advice or log lines of libraries: what a user gets to read is ours."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """No progress bars, advice or log lines of libraries, those that load data and train included."""
+    loading.quiet_libraries()
     datasets.disable_progress_bars()
     # It logs a failure as an error before it raises it, and what is raised becomes our one line.
     datasets.logging.set_verbosity(logging.CRITICAL)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from policy.rungs import RUNG
 from policy.settings import MOST_TOKENS
 from runtime.command import one_line_errors
 from runtime.generate import generate
-from runtime.loading import DTYPES, load_tokenizer
+from runtime.loading import DTYPES, load_tokenizer, quiet_libraries
 
 # Sampling divides float32 logits by the temperature: below a millionth they would overflow, and no draw be possible.
 LIMITS: Mapping[str, Limit] = {
@@ -95,9 +94,7 @@ def _number(value: float) -> float | None:
 
 def main() -> None:
     args = parser().parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read
+    quiet_libraries()
     with one_line_errors(), warnings.catch_warnings():
         warnings.showwarning = _say
         for name, limit in LIMITS.items():

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 
 from runtime.command import one_line_errors
 from runtime.ladder import open_ladder
-from runtime.loading import DTYPES, default_device, load_model
+from runtime.loading import DTYPES, default_device, load_model, quiet_libraries
 
 if TYPE_CHECKING:
     from runtime.measure.steps import Clock
@@ -36,9 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not for the user to read
+    quiet_libraries()
     with one_line_errors():
         measure(args, default_device())
 

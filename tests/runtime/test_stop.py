@@ -12,6 +12,7 @@ import pytest
 
 from runtime.command import one_line_errors
 from runtime.stop import ENDINGS, GRACE_SECONDS, Stopped, stops_on_signals
+from tests.processes import gone
 
 ROOT = Path(__file__).resolve().parents[2]
 BODIES = {
@@ -57,12 +58,6 @@ def start(tmp_path):
         process.communicate()
 
 
-def running(number: int) -> bool:
-    """Whether there is such a process that has not ended; one whose end nobody has taken note of has."""
-    path = Path(f"/proc/{number}/stat")
-    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
 def test_a_signal_ends_it_in_time_with_one_line_wherever_it_is(body, number, status, start, tmp_path):
@@ -84,10 +79,8 @@ def test_the_processes_it_started_end_with_it_and_nothing_waits_for_them(start):
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    while running(child) and time.monotonic() < sent + GRACE_SECONDS:
-        time.sleep(0.01)
+    assert gone(child, sent + GRACE_SECONDS - time.monotonic())
     assert time.monotonic() - sent < GRACE_SECONDS
-    assert not running(child)
 
 
 def test_of_several_processes_the_others_end_at_once_without_a_word(start):

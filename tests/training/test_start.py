@@ -16,6 +16,7 @@ import torch
 
 import runtime.stop
 from runtime.command import one_line_errors
+from tests.processes import gone
 from tests.training.test_fit import CHANGES, STOPPED, summary_of, without_latency
 from training.fit import main
 from training.start import ENDINGS, wait_passively
@@ -68,22 +69,6 @@ def children(process: subprocess.Popen) -> list[int]:
     return found
 
 
-def running(number: int) -> bool:
-    """Whether a process runs: one that has ended stays in the table until its parent, here perhaps init, asks."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def gone(number: int, seconds: float) -> bool:
-    """Whether a process ends within some seconds."""
-    deadline = time.monotonic() + seconds
-    while running(number) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not running(number)
-
-
 @pytest.mark.parametrize("module", ["training.fit", "training.evaluate"])
 def test_a_command_is_ready_before_it_imports_pytorch(module):
     process = python("-c", AT_TORCH, module)
@@ -121,7 +106,7 @@ def test_a_process_ends_with_the_one_that_launched_it():
         assert process.stdout.readline() == "ready\n"
         assert not gone(child, 0.5)
         process.kill()
-        assert gone(child, 30)
+        assert gone(child, 2)
 
 
 @pytest.mark.parametrize(
