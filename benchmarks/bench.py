@@ -27,7 +27,7 @@ from runtime.ladder import Ladder
 
 from .cases import Case
 from .fused import fuse
-from .ladders import MIX, RANK, fill, random_ladder
+from .ladders import MIX, RANK, fill, random_ladder, read_bytes
 from .peers import ms_per_step, release
 from .printing import spread
 from .shapes import build_model, kv_token_bytes, weight_bytes
@@ -141,7 +141,8 @@ class Bench:
         """What a step reads of adapters, all rows together, on average."""
         if rungs is None:
             return 0
-        return round(case.batch * float(self._some_ladder().rung_bytes()[rungs.long()].mean()))
+        spent = torch.tensor([*read_bytes(self.model.modules().values(), self.model.dtype).values()]).double()
+        return round(case.batch * float(spent[rungs.long()].mean()))
 
     def _decoder(self, case: Case, rungs: Tensor | None) -> Decoder:
         device, rows = self.model.device, case.batch

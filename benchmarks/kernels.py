@@ -4,8 +4,9 @@
     measured  = a CUDA graph of launches over different memory, from a cold cache, over their number
 
 Kernels are launched as a step launches them: each waits for the one before, and fetches what it can until then. In a
-step its neighbours are other kernels, so the sum over a step is an estimate of it and no bound. What a kernel reads at
-a rung is what the rung reads; at low rungs and one row that is so little that a launch is all it costs.
+step its neighbours are other kernels, so the sum over a step is an estimate of it and no bound. At a rung a linear
+reads its weights and what the rung reads, as what adapters add is made beside it (`launches`); what that costs is by
+how much longer it takes than without adapters. Those who consume both read as much at every rung.
 
     python -m benchmarks.kernels --shape llama-7b               # one GPU with 80 GB
 """
@@ -29,7 +30,7 @@ from runtime.engine.store import AdapterStore, needed_bytes
 
 from .decode import gate
 from .ladders import MIX, RANK, fill, random_ladder
-from .launches import NO_ADAPTER, Kernel, Kernels
+from .launches import RUNGS, Kernel, Kernels
 from .peers import release
 from .printing import (
     commit,
@@ -48,7 +49,6 @@ from .printing import (
 from .shapes import SHAPES, build_model
 
 BATCH = 32
-RUNGS = (RANK, 16, 8, 4, NO_ADAPTER)
 FLUSH_BYTES = 2**30
 """Read before every replay: far more than a cache holds, and long enough for the host to be ahead of the device."""
 

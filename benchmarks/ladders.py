@@ -7,7 +7,7 @@ and on no value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,19 @@ MIX: dict[int, tuple[int, int, int, int]] = {
     24: (0, 31, 27, 3), 32: (0, 64, 0, 0), 64: (64, 0, 0, 0),
 }  # fmt: skip
 """Directions at 16, 8, 4 and 2 bits of every rung."""
+
+
+def read_bytes(modules: Collection[Module], dtype: torch.dtype) -> dict[int, int]:
+    """By rung what a step reads of one row's adapter at these modules, from where the store keeps it.
+
+    There directions at 8 bits lie in the model's dtype, as those at 16 bits do, so both count alike; at 4 and at 2 bits
+    A' and B' share one float32 scale. What a rung costs by its ladder, and a policy by that, is `Ladder.rung_bytes`.
+    """
+    found = {}
+    for rung, (exact, eight, four, two) in MIX.items():
+        bits = (exact + eight) * torch.finfo(dtype).bits + 4 * four + 2 * two
+        found[rung] = sum(bits * (own.inputs + own.outputs) // 8 + 4 * (four + two) for own in modules)
+    return found
 
 
 def random_ladder(modules: Mapping[str, Module], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Ladder:
@@ -58,8 +71,9 @@ def fill(store: AdapterStore, ladder: Ladder, count: int) -> Ladder:
     """Put `count` adapters with the ladder's table into the store, each in bytes of its own; returns the ladder as it
     is remembered, its directions there by name alone.
 
-    Codes are drawn anew for every one of them, scales and 16-bit values are the ladder's. The ladder is packed once, so
-    that hundreds take seconds, and no more than what is resident of them is ever in memory.
+    Codes of 4 and 2 bits are drawn anew for every one of them; scales, and what is read at 16 and 8 bits, which the
+    store keeps as numbers, are the ladder's. The ladder is packed once, so that hundreds take seconds, and no more than
+    what is resident of them is ever in memory.
     """
     table, blob = packed_ladder(ladder, store.modules, store.directions, store.dtype, store.device)
     # What a store remembers of a ladder lies on the host; here it need not lie anywhere.
@@ -81,7 +95,9 @@ def _coded(table: Table, modules: Mapping[str, Module], blob: Tensor) -> Tensor:
         own = modules[name]
         widths = {STARTS_A: own.inputs, STARTS_B: -(-own.outputs // own.columns) * own.columns}
         for first, width in widths.items():
-            for f, bits in enumerate(BITS[1:], 1):
+            for f, bits in enumerate(BITS):
+                if bits >= 8:
+                    continue
                 start = row[first - STARTS_A + f] * ALIGNMENT
                 coded[start : start + row[ROWS - STARTS_A + f] * width * bits // 8] = True
     return coded

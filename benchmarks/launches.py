@@ -5,6 +5,11 @@ device memory, because the layers before have filled the cache with theirs. So a
 the other, and where a single row's adapter is small for one adapter after the other. What was written a moment ago,
 activations, lies in the cache here as it does in a step.
 
+What rows' adapters add is made beside a linear: by programs of its launch for one row, by a launch right behind it for
+several, which goes on when the linear says that x is there. Alone that launch would have the whole device to itself,
+and nothing to keep it from the one before it, so linear and adapters are timed together; without adapters the linear is
+there as well.
+
 Shape legend: B rows, D hidden, F inner, V vocabulary, L layers, R directions at most.
 """
 
@@ -25,10 +30,10 @@ from runtime.control.bucket import Offer
 from runtime.control.stream import Stream
 from runtime.engine.control import Controller, Ladders
 from runtime.engine.decoder import pages_for, probed_layers, splits_for
-from runtime.engine.model import DOWN, GATE_UP, MEMBERS, OUT, QKV, Layer, Linears, Model, block_columns
-from runtime.engine.store import AdapterStore
+from runtime.engine.model import DOWN, GATE_UP, MEMBERS, OUT, QKV, Layer, Linears, Model
+from runtime.engine.store import AdapterStore, Module
 from runtime.ladder import Ladder
-from runtime.ladder.formats import BITS
+from runtime.ops.adapters import Update
 from runtime.ops.attention import AttentionScratch, decode_attention
 from runtime.ops.gated import gate_up
 from runtime.ops.linear import linear
@@ -39,15 +44,15 @@ from runtime.ops.residual import add_residual, squares_of
 from runtime.ops.resolve import Rows, reads_for, resolve
 from runtime.ops.rotary import Heads, Pages, rotate
 from runtime.ops.sampling import SamplingScratch, sample
-from runtime.ops.shrink import Shrink, shrink
 
-from .ladders import MIX, RANK
+from .ladders import MIX, RANK, read_bytes
 
 POOL_BYTES = 9 * 10**9
 """Pages are made for as many layers as this holds."""
 AT_LEAST = 128
 """Launches of a kernel that is short, so that the ends of a graph weigh nothing."""
 NO_ADAPTER = "none"
+RUNGS = (RANK, 16, 8, 4, NO_ADAPTER)
 SITES = {"qkv": QKV, "o": OUT, "gate_up": GATE_UP, "down": DOWN}
 
 
@@ -58,7 +63,7 @@ class Kernel:
     name: str
     batch: int
     rung: int | str | None
-    """Equivalent rank; `none`: launched without adapters; None: it reads none"""
+    """Equivalent rank; `none`: launched without adapters; None: it knows of none"""
     read_bytes: int
     """Of one launch: weights, directions, keys and values, and what activations it takes, each once."""
     launches: list[Callable[[], None]]
@@ -80,11 +85,11 @@ class Kernels:
         """Every kernel, in the order of a step."""
         yield self._controller()
         yield self._resolve()
-        yield from (self._linear(name) for name in SITES)
         for name in SITES:
-            yield from (self._shrink(name, rung) for rung in (RANK, 16, 8, 4))
+            yield from (self._linear(name, rung) for rung in RUNGS)
+        # What is added was made before: at every rung it is as much.
         for make in (self._rotary, self._gated, self._residual):
-            yield from (make(rung) for rung in (RANK, 16, 8, 4, NO_ADAPTER))
+            yield from (make(rung) for rung in (RANK, NO_ADAPTER))
         yield self._attention()
         yield self._head()
         yield self._sampling("sampling, greedy", Sampling())
@@ -100,20 +105,26 @@ class Kernels:
 
     def _norm(self) -> Norm:
         hidden = self.model.shape.hidden
-        blocks = squares_of(self.batch, hidden, block_columns(hidden))
-        return Norm(torch.ones(self.batch, blocks, device=self.model.device), self.model.shape.eps, hidden)
+        squares = torch.ones(self.batch, squares_of(self.batch, hidden), device=self.model.device)
+        return Norm(squares, self.model.shape.eps, hidden)
 
     def _input(self, name: str) -> Tensor:
         """x of the linears of a site."""
         width = self._linears(self.model.layers[0], name).weights[0].shape[1]
         return self._random(self.batch, width, dtype=self.model.dtype)
 
-    def _linear(self, name: str) -> Kernel:
+    def _linear(self, name: str, rung: int | str) -> Kernel:
+        """A site's linears, and what makes B'u of its rows' adapters."""
         x = self._input(name)
-        own = [self._linears(layer, name) for layer in self.model.layers]
-        y = torch.empty(self.batch, sum(map(len, own[0].weights)), device=x.device)
-        launches = [partial(linear, x, one.weights, y) for one in own]
-        return Kernel(f"linear {name}", self.batch, None, _nbytes(x, *own[0].weights), launches, (y,))
+        own = [self._linears(layer, name).weights for layer in self.model.layers]
+        y = torch.empty(self.batch, sum(map(len, own[0])), device=x.device)
+        updates = self._updates(name, rung)
+        launches = [partial(linear, x, own[layer], y, update=update) for layer, update in updates]
+        read, update = _nbytes(x, *own[0]), updates[0][1]
+        if isinstance(rung, str) or update is None:
+            return Kernel(f"linear {name}", self.batch, rung, read, launches, (y,))
+        read += self.batch * self._direction_bytes(name, rung)
+        return Kernel(f"linear {name}", self.batch, rung, read, launches, (y, update.added))
 
     def _head(self) -> Kernel:
         x, head = self._input("qkv"), self.model.head
@@ -129,51 +140,36 @@ class Kernels:
         index = torch.full((self.batch,), list(MIX).index(rung), dtype=torch.int32)
         return Rows(slots.to(device), index.to(device), torch.ones(self.batch, device=device))
 
+    def _records(self) -> Reads:
+        return reads_for(self.batch, len(self.store.modules), self.store.arena, self.model.dtype)
+
     def _reads(self, rung: int) -> list[Reads]:
         """What the rows read, as often with other adapters as it takes for `AT_LEAST` launches."""
         found = []
         times = max(1, min(AT_LEAST // self.model.shape.layers, len(self.store.ladders) // self.batch))
         for number in range(times):
-            reads = reads_for(self.batch, len(self.store.modules), self.store.arena)
+            reads = self._records()
             resolve(reads, self._rows(rung, number * self.batch), self.store.tables)
             found.append(reads)
         return found
 
-    def _updates(self, name: str, rung: int | str) -> list[tuple[int, Shrink | None]]:
-        """(layer, what is read of the adapters there) of every launch of a site."""
+    def _updates(self, name: str, rung: int | str) -> list[tuple[int, Update | None]]:
+        """(layer, what is read of the adapters there) of every launch of a site, to be launched in this order, over and
+        over: each puts back what the one before it has counted."""
         layers = range(self.model.shape.layers)
         if isinstance(rung, str):
             return [(layer, None) for layer in layers] * max(1, AT_LEAST // len(layers))
-        members = len(self._linears(self.model.layers[0], name).weights)
-        u = self._random(self.batch, members, self.store.directions)
-        columns = list(self.store.modules.values())[SITES[name]].columns
-        # Every input is there: nobody waits for it.
-        ready = torch.ones(len(self.store.modules), dtype=torch.int32, device=u.device)
+        device, own = self.model.device, self._modules(name)
+        u = self._random(self.batch, len(own), self.store.directions)
+        added = self._random(self.batch, sum(module.outputs for module in own))
+        ready = torch.zeros(len(self.store.modules), self.batch, dtype=torch.int32, device=device)
         sites = [layer * len(MEMBERS) + SITES[name] for layer in layers]
+        assert len(sites) > 1, "no launch puts back what it counts itself"
         return [
-            (layer, Shrink(u, reads, site, columns, ready, site))
+            (layer, Update(u, added, reads, sites[layer], own[0].columns, ready, sites[layer - 1]))
             for reads in self._reads(rung)
-            for layer, site in zip(layers, sites, strict=True)
+            for layer in layers
         ]
-
-    def _shrink(self, name: str, rung: int) -> Kernel:
-        """Of one row it is part of the linear, and timed with that."""
-        x = self._input(name)
-        own = [self._linears(layer, name) for layer in self.model.layers]
-        sizes = [len(w) for w in own[0].weights]
-        y = torch.empty(self.batch, sum(sizes), device=x.device)
-        launches, outputs = [], []
-        for layer, update in self._updates(name, rung):
-            assert update is not None, "a rung reads something"
-            if self.batch == 1:
-                launches.append(partial(linear, x, own[layer].weights, y, update=update))
-            else:
-                launches.append(partial(shrink, x, update, [*sizes, 0, 0][:3]))
-            outputs.append(update.u)
-        read = x.nbytes + self.batch * self._direction_bytes(name, rung, inputs=True)
-        if self.batch == 1:
-            return Kernel(f"linear + shrink {name}", 1, rung, read + _nbytes(*own[0].weights), launches, (outputs[0],))
-        return Kernel(f"shrink {name}", self.batch, rung, read, launches, (outputs[0],))
 
     def _rotary(self, rung: int | str) -> Kernel:
         model, s = self.model, self.model.shape
@@ -187,36 +183,28 @@ class Kernels:
             launches.append(
                 partial(rotate, y, query, pages, heads, update=update, norm=norm, biases=own.qkv.biases)
             )  # fmt: skip
-        read = y.nbytes + self._expand_bytes("qkv", rung)
-        return Kernel("expand rotary", self.batch, rung, read, launches, (query,))
+        return Kernel("rotary", self.batch, rung, self._consumed(rung, y), launches, (query,))
 
     def _gated(self, rung: int | str) -> Kernel:
         inner = self.model.shape.inner
         y = self._random(self.batch, 2 * inner)
         h = torch.empty(self.batch, inner, dtype=self.model.dtype, device=y.device)
-        columns, norm = block_columns(inner), self._norm()
+        norm = self._norm()
         launches = [
-            partial(
-                gate_up, y, h, columns=columns, update=update, norm=norm,
-                biases=self.model.layers[layer].gate_up.biases,
-            )
+            partial(gate_up, y, h, update=update, norm=norm, biases=self.model.layers[layer].gate_up.biases)
             for layer, update in self._updates("gate_up", rung)
-        ]  # fmt: skip
-        return Kernel("expand gated", self.batch, rung, y.nbytes + self._expand_bytes("gate_up", rung), launches, (h,))
+        ]
+        return Kernel("gated", self.batch, rung, self._consumed(rung, y), launches, (h,))
 
     def _residual(self, rung: int | str) -> Kernel:
         hidden, norm = self.model.shape.hidden, self._norm()
         y, r = self._random(self.batch, hidden), self._random(self.batch, hidden)
         normed = torch.empty(self.batch, hidden, dtype=self.model.dtype, device=y.device)
         launches = [
-            partial(
-                add_residual, y, r, normed, norm.squares, self.model.layers[layer].inner_norm,
-                columns=block_columns(hidden), update=update,
-            )
+            partial(add_residual, y, r, normed, norm.squares, self.model.layers[layer].inner_norm, update=update)
             for layer, update in self._updates("o", rung)
-        ]  # fmt: skip
-        read = _nbytes(y, r) + self._expand_bytes("o", rung)
-        return Kernel("expand residual", self.batch, rung, read, launches, (r, normed))
+        ]
+        return Kernel("residual", self.batch, rung, r.nbytes + self._consumed(rung, y), launches, (r, normed))
 
     def _attention(self) -> Kernel:
         model, s = self.model, self.model.shape
@@ -268,7 +256,7 @@ class Kernels:
 
     def _resolve(self) -> Kernel:
         modules = len(self.store.modules)
-        reads = reads_for(self.batch, modules, self.store.arena)
+        reads = self._records()
         launches = [partial(resolve, reads, self._rows(rung, 0), self.store.tables) for rung in MIX]
         launches *= max(1, AT_LEAST // len(launches))
         # Of every module four ends and sixteen numbers.
@@ -286,22 +274,19 @@ class Kernels:
         launches = [partial(sample, logits, rows, generated, found[0], found[1], scratch)] * AT_LEAST
         return Kernel(name, self.batch, None, logits.nbytes, launches, (found, generated.tokens))
 
-    def _expand_bytes(self, name: str, rung: int | str) -> int:
-        return 0 if isinstance(rung, str) else self.batch * self._direction_bytes(name, rung, inputs=False)
+    def _consumed(self, rung: int | str, y: Tensor) -> int:
+        """Bytes of what a linear puts out, and of what adapters add to it, which is as much."""
+        return y.nbytes if isinstance(rung, str) else 2 * y.nbytes
 
-    def _direction_bytes(self, name: str, rung: int, *, inputs: bool) -> int:
-        """What a row's rung reads of one layer's site: A' and the scales of both, or B'."""
-        wide, *coded = MIX[rung]
-        exact = torch.finfo(self.model.dtype).bits
-        bits = wide * exact + sum(count * own for count, own in zip(coded, BITS[1:], strict=True))
-        total = 0
-        for own in list(self.store.modules.values())[SITES[name] :][: self._members(name)]:
-            total += bits * (own.inputs if inputs else own.outputs) // 8
-            total += 4 * sum(coded) if inputs else 0
-        return total
+    def _direction_bytes(self, name: str, rung: int) -> int:
+        """What a row's rung reads of one layer's site."""
+        return read_bytes(self._modules(name), self.model.dtype)[rung]
 
-    def _members(self, name: str) -> int:
-        return len(self._linears(self.model.layers[0], name).weights)
+    def _modules(self, name: str) -> list[Module]:
+        """The linears of a site, of any layer, as the store knows them."""
+        first = SITES[name]
+        members = len(self._linears(self.model.layers[0], name).weights)
+        return list(self.store.modules.values())[first : first + members]
 
 
 def _nbytes(*tensors: Tensor) -> int:

@@ -17,7 +17,7 @@ from ..ops.norm import Norm
 from ..ops.residual import squares_of
 from ..ops.resolve import Rows
 from ..ops.rotary import Pages
-from .model import MEMBERS, Model, block_columns
+from .model import MEMBERS, Model
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,13 @@ class Buffers:
     squares: Tensor
     """[B, blocks] float32: sums of squares of the residual"""
     ready: Tensor
-    """[modules] int32: the latest site whose input is there (`ops.shrink`)"""
+    """[modules, B] int32: how far the rows of the latest site are (`ops.adapters`)"""
     y: Tensor
     """[B * widest] float32: what a linear puts out"""
+    added: Tensor
+    """[B * widest] float32: what adapters add to that"""
     u: Tensor
-    """[B * 3 * directions] float32: what a shrink puts out"""
+    """[B * 3 * directions] float32: of adapters A'x"""
     query: Tensor
     """[B, H, head_dim]"""
     attended: Tensor
@@ -95,9 +97,10 @@ class Buffers:
             table=zeros(rows, pages, dtype=torch.int32),
             r=zeros(rows, s.hidden),
             normed=zeros(rows, s.hidden, dtype=dtype),
-            squares=zeros(rows, squares_of(rows, s.hidden, block_columns(s.hidden))),
-            ready=zeros(len(MEMBERS) * s.layers, dtype=torch.int32),
+            squares=zeros(rows, squares_of(rows, s.hidden)),
+            ready=zeros(len(MEMBERS) * s.layers, rows, dtype=torch.int32),
             y=zeros(rows * widest),
+            added=zeros(rows * widest),
             u=zeros(rows * 3 * directions),
             query=zeros(rows, s.heads, s.head_dim, dtype=dtype),
             attended=zeros(rows, attended, dtype=dtype),
@@ -113,6 +116,10 @@ class Buffers:
     def outputs(self, width: int) -> Tensor:
         """[B, width] of y."""
         return self.y[: len(self.tokens) * width].view(len(self.tokens), width)
+
+    def updates(self, width: int) -> Tensor:
+        """[B, width] of what adapters add."""
+        return self.added[: len(self.tokens) * width].view(len(self.tokens), width)
 
     def shrunk(self, members: int) -> Tensor:
         """[B, members, directions] of u."""

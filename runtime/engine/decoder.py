@@ -101,7 +101,7 @@ class Decoder:
             self.controller = Controller(policy, settings, self.buffers.rows, ladders, trace=trace, log=self.rungs)
         self._entropy, self._surprisal = (torch.zeros(rows, device=device) for _ in range(2))
         self._scratch = SamplingScratch.of(rows, model.shape.vocabulary, device)
-        reads = None if store is None else reads_for(rows, len(store.modules), store.arena)
+        reads = None if store is None else reads_for(rows, len(store.modules), store.arena, model.dtype)
         tables = None if store is None else store.tables
         self._forward = Forward(model, tables, reads, pool, self.buffers, splits, probes, signals.recent_pages)
         self._graph = Graph(self.step, device)

@@ -2,7 +2,7 @@
 
     resolve -> embed -> layers x (attend, feed forward) -> head
 
-A layer is four linears, with them what the rows' own adapters make of the same input (`shrink`), and behind each what
+A layer is four linears, with them what the rows' own adapters make of the same input (`adapters`), and behind each what
 consumes both, bias and norm included: rotary, the residual twice, the product of gate and up; and attention. Nothing
 here looks at a value: which adapter, rung and page a row uses is in device tensors, so the launches are the same for
 every step, and a graph can hold them.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..ops.adapters import Update
 from ..ops.attention import decode_attention
 from ..ops.gated import gate_up
 from ..ops.linear import linear
@@ -21,7 +22,6 @@ from ..ops.packed import Reads
 from ..ops.residual import add_residual, embed
 from ..ops.resolve import Tables, resolve
 from ..ops.rotary import Heads, rotate
-from ..ops.shrink import Shrink
 from .buffers import Buffers, Pool
 from .model import DOWN, GATE_UP, MEMBERS, OUT, QKV, SITES, Linears, Model, block_columns
 
@@ -71,25 +71,28 @@ class Forward:
     def _feed_forward(self, number: int, next_norm: Tensor) -> None:
         layer, b, s = self.model.layers[number], self.buffers, self.model.shape
         y, update = self._linears(b.normed, layer.gate_up, number, GATE_UP)
-        columns, biases = block_columns(s.inner), layer.gate_up.biases
-        gate_up(y, b.inner, columns=columns, update=update, norm=b.norm(s.eps), biases=biases)
+        biases = layer.gate_up.biases
+        gate_up(y, b.inner, update=update, norm=b.norm(s.eps), biases=biases)
         self._add(b.inner, layer.down, number, DOWN, next_norm)
 
     def _add(self, x: Tensor, own: Linears, number: int, first: int, norm_weight: Tensor) -> None:
         """What a projection adds to the residual, and the next norm's input."""
-        b, columns = self.buffers, block_columns(self.model.shape.hidden)
+        b = self.buffers
         y, update = self._linears(x, own, number, first)
         bias = None if own.biases is None else own.biases[0]
-        add_residual(y, b.r, b.normed, b.squares, norm_weight, columns=columns, update=update, bias=bias)
+        add_residual(y, b.r, b.normed, b.squares, norm_weight, update=update, bias=bias)
 
-    def _linears(self, x: Tensor, own: Linears, layer: int, first: int) -> tuple[Tensor, Shrink | None]:
+    def _linears(self, x: Tensor, own: Linears, layer: int, first: int) -> tuple[Tensor, Update | None]:
         """What linears that share x put out, and what is to be added to it."""
         b, update = self.buffers, None
+        width = sum(len(w) for w in own.weights)
         if self.reads is not None:
             site = layer * len(MEMBERS) + first
             columns = self.model.shape.head_dim if first == QKV else block_columns(len(own.weights[0]))
-            update = Shrink(b.shrunk(len(own.weights)), self.reads, site, columns, b.ready, self._before(site))
-        y = b.outputs(sum(len(w) for w in own.weights))
+            update = Update(
+                b.shrunk(len(own.weights)), b.updates(width), self.reads, site, columns, b.ready, self._before(site)
+            )
+        y = b.outputs(width)
         linear(x, own.weights, y, update=update)
         return y, update
 

@@ -206,7 +206,8 @@ def _fetch_pages(
     keys, values, table, lengths, row, head, split, HKV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
     WINDOW: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Up to AHEAD pages of a share, while the newest token is still on its way to the last of them."""
+    """Up to AHEAD pages of a share, while the newest token is still on its way to the last of them. So may its row's
+    length be; what is fetched is looked up again after the wait."""
     length = tl.load(lengths + row)
     _, _, share, first = _share(length, split, SPLITS, WINDOW)
     for page in range(first, tl.minimum(first + tl.minimum(share, AHEAD), tl.cdiv(length, _PAGE))):
@@ -302,6 +303,8 @@ def decode_attention(
     rows, heads, channels = query.shape
     shared = keys.shape[1]
     group = heads // shared
+    # Only a head that shares with no other is no product on the tensor cores.
+    side = 1 if group == 1 else _DOT_SIDE
     tiles = tiles or Tiles.of(group, channels, query.dtype, splits)
     partial: tuple[Tensor | None, ...] = (None, None, None)
     if splits > 1:
@@ -310,8 +313,8 @@ def decode_attention(
     _decode_attention[(rows * shared, splits)](
         query, keys, values, table, lengths, out, distant, *partial, scale * math.log2(math.e),
         MAXPAGES=table.shape[1], HKV=shared, GROUP=group, D=channels,
-        ROWS=1 if group == 1 else max(_DOT_SIDE, triton.next_power_of_2(group)),
-        WIDTH=triton.next_power_of_2(channels), SPLITS=splits, WINDOW=window, DISTANT=distant is not None,
-        RECENT=recent_pages, TOKENS=tiles.tokens, STAGES=tiles.stages, AHEAD=tiles.ahead,
+        ROWS=max(side, triton.next_power_of_2(group)),
+        WIDTH=max(side, triton.next_power_of_2(channels)), SPLITS=splits, WINDOW=window,
+        DISTANT=distant is not None, RECENT=recent_pages, TOKENS=tiles.tokens, STAGES=tiles.stages, AHEAD=tiles.ahead,
         num_warps=tiles.warps, **dependent(query.device),
     )  # fmt: skip

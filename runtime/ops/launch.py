@@ -10,9 +10,9 @@ of the one before still run, fetch what does not depend on them, and wait only t
     x = tl.load(...)              # what the kernel before wrote
     ...
 
-Every kernel of a step waits, whether it needs to or not, so what has been finished once stays so for all behind. Only
-`resolve` and `embed` wait before they release, so that whoever comes behind may read at once what was resolved: what
-releases late holds up every launch behind it (docs/log.md).
+Some program of every kernel of a step waits, whether it needs to or not, so what has been finished once stays so for
+all behind. Only those that open a step, `decide`, `resolve` and `embed`, wait before they release, so that whoever
+comes behind may read at once what was resolved: what releases late holds up every launch behind it (docs/log.md).
 
 What is not needed yet can be on its way as well: `fetch` brings memory as far as the L2 cache and holds no register.
 """

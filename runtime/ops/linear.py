@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adapters import NO_WORK, Update, Work, add_beside
+from .expand import Cut, expand_share
 from .launch import dependent, dot, release, wait
 from .norm import Norm, rstd_of
-from .shrink import Shares, Shrink, shrink, shrink_share
+from .shrink import Shares, shrink_share
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Tiles:
     stages: int
 
     @classmethod
-    def of(cls, batch: int, outputs: int, inputs: int, itemsize: int = 2) -> Tiles:
+    def of(cls, batch: int, outputs: int, inputs: int, itemsize: int = 2, adapters: bool = False) -> Tiles:
         """The best found for a batch of this size and a weight of this shape, values of `itemsize` bytes."""
         if batch == 1:
-            return cls(1, min(1024, triton.next_power_of_2(inputs)), 8, 1)
+            # Programs of fewer threads may have more registers, which those that make B'u need.
+            columns, warps = (2048, 4) if adapters else (1024, 8)
+            return cls(1, min(columns, triton.next_power_of_2(inputs)), warps, 1)
         step = (_SIDE + max(16, triton.next_power_of_2(batch))) * itemsize
         columns = 256
         while columns > 32 and 2 * columns * step > _SHARED_BYTES:
@@ -50,8 +54,10 @@ class Tiles:
         return cls(_SIDE, columns, 4, min(stages, _SHARED_BYTES // (columns * step)))
 
 
-_REGISTERS = 32
-"""Of a thread, where a launch does a shrink as well, so that as many programs of the product run as without."""
+_REGISTERS = 64
+"""Of a thread, where a launch makes B'u as well, so that as many programs read weights as without."""
+_AHEAD = 0.5
+"""Of the weights' programs, that start before those that make B'u: by then u is there."""
 _SIDE = 32
 """Rows of a weight per program that multiplies them with a batch."""
 _SHARED_BYTES = 200 * 1024
@@ -114,81 +120,95 @@ def _matrix(
 
 
 @triton.jit
-def _linear(
-    x, squares, w0, w1, w2, y, u, four, ready, before, records, arena, levels, site,
-    B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NORM: tl.constexpr,
-    IN: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr,
-    N: tl.constexpr, BLOCK: tl.constexpr, SHRINKS: tl.constexpr, BESIDE: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    MEMBERS: tl.constexpr, M: tl.constexpr, SHARES: tl.constexpr, K: tl.constexpr, SHRINK_BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, PDL: tl.constexpr,
+def _weights(
+    x, squares, w0, w1, w2, y, block, B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    N2: tl.constexpr, NORM: tl.constexpr, IN: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
+    EPS: tl.constexpr, BATCH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A block of N outputs of one of the weights, or a share of a shrink."""
-    release(PDL)
-    block = tl.program_id(0) - SHRINKS
-    if block < 0:
-        wait(PDL)
-        if SHRINKS > 0:
-            shrink_share(
-                x, u, four, records, arena, levels, site, block + SHRINKS, D, N0, N1, N2, Q, True, R, MEMBERS,
-                SHARES, M, K, SHRINK_BLOCK, WIDE, PDL,
-            )  # fmt: skip
+    """A block of N outputs of one of the weights."""
+    SECOND: tl.constexpr = (N0 + N - 1) // N
+    THIRD: tl.constexpr = SECOND + (N1 + N - 1) // N
+    w = w0
+    if block >= THIRD:
+        w = w2
+    elif block >= SECOND:
+        w = w1
+    outputs = tl.where(block >= THIRD, N2, tl.where(block >= SECOND, N1, N0))
+    offset = tl.where(block >= THIRD, N0 + N1, tl.where(block >= SECOND, N0, 0))
+    block -= tl.where(block >= THIRD, THIRD, tl.where(block >= SECOND, SECOND, 0))
+    TOTAL: tl.constexpr = N0 + N1 + N2
+    if B == 1:
+        _vector(x, w, y, squares, block, offset, outputs, D, NORM, BLOCKS, PADDED, EPS, N, BLOCK, PDL)
     else:
-        SECOND: tl.constexpr = (N0 + N - 1) // N
-        THIRD: tl.constexpr = SECOND + (N1 + N - 1) // N
-        w = w0
-        if block >= THIRD:
-            w = w2
-        elif block >= SECOND:
-            w = w1
-        outputs = tl.where(block >= THIRD, N2, tl.where(block >= SECOND, N1, N0))
-        offset = tl.where(block >= THIRD, N0 + N1, tl.where(block >= SECOND, N0, 0))
-        block -= tl.where(block >= THIRD, THIRD, tl.where(block >= SECOND, SECOND, 0))
-        TOTAL: tl.constexpr = N0 + N1 + N2
-        if B == 1:
-            _vector(x, w, y, squares, block, offset, outputs, D, NORM, BLOCKS, PADDED, EPS, N, BLOCK, PDL)
-        else:
+        wait(PDL)
+        _matrix(x, w, y, squares, block, offset, outputs, TOTAL, B, D, NORM, BLOCKS, PADDED, EPS, BATCH, N, BLOCK)
+
+
+@triton.jit
+def _linear(
+    x, squares, w0, w1, w2, y, added, u, four, ready, before, records, arena, levels, site, B: tl.constexpr,
+    D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NORM: tl.constexpr, IN: tl.constexpr,
+    BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, LORA: tl.constexpr, SHRINKS: tl.constexpr, AHEAD: tl.constexpr, EXPANDS: tl.constexpr,
+    Q: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, M: tl.constexpr, SHARES: tl.constexpr,
+    SHRINK_K: tl.constexpr, SHRINK_BLOCK: tl.constexpr, SHRINK_WIDE: tl.constexpr, QUARTER: tl.constexpr,
+    K: tl.constexpr, WIDE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Programs in this order: SHRINKS make u, AHEAD multiply weights, EXPANDS make B'u, the others multiply weights."""
+    release(PDL)
+    program = tl.program_id(0)
+    LATE: tl.constexpr = SHRINKS + AHEAD
+    if SHRINKS > 0 and program < SHRINKS:
+        shrink_share(
+            x, u, four, ready, records, arena, levels, site, program, D, N0, N1, N2, Q, R, MEMBERS, SHARES, M, B,
+            SHRINK_K, SHRINK_BLOCK, SHRINK_WIDE, True, PDL,
+        )  # fmt: skip
+    elif EXPANDS > 0 and (program >= LATE) & (program < LATE + EXPANDS):
+        expand_share(
+            added, u, four, ready, records, arena, levels, site, program - LATE, MEMBERS * SHARES, x.dtype.element_ty,
+            N0, N1, N2, R, MEMBERS, M, B, QUARTER, K, WIDE, L, LANES,
+        )  # fmt: skip
+    else:
+        block = program - SHRINKS - tl.where(program < LATE, 0, EXPANDS)
+        if LORA and block == 0:
+            # Whoever looked at the numbers of the site before has ended.
             wait(PDL)
-            # By now the shrink before has read what it waited for.
-            if BESIDE and block == 0 and offset == 0:
-                tl.atomic_xchg(ready + before, 0, sem="relaxed")
-                tl.atomic_xchg(ready + site, 1, sem="release")
-            _matrix(
-                x, w, y, squares, block, offset, outputs, TOTAL, B, D, NORM, BLOCKS, PADDED, EPS, BATCH, N, BLOCK
-            )  # fmt: skip
+            row = tl.arange(0, BATCH)
+            tl.store(ready + before * B + row, 0, mask=row < B)
+            if SHRINKS == 0:
+                # x is there: `adapters` may begin.
+                tl.debug_barrier()
+                tl.atomic_xchg(ready + site * B + row, 1, mask=row < B, sem="release")
+        _weights(
+            x, squares, w0, w1, w2, y, block, B, D, N0, N1, N2, NORM, IN, BLOCKS, PADDED, EPS, BATCH, N, BLOCK, PDL
+        )  # fmt: skip
 
 
 def linear(
-    x: Tensor, weights: tuple[Tensor, ...], y: Tensor, *, norm: Norm | None = None, update: Shrink | None = None,
-    tiles: Tiles | None = None, shares: Shares | None = None,
+    x: Tensor, weights: tuple[Tensor, ...], y: Tensor, *, norm: Norm | None = None, update: Update | None = None,
+    tiles: Tiles | None = None, shares: Shares | None = None, cut: Cut | None = None,
 ) -> None:  # fmt: skip
     """Launch it; x [B, D] contiguous, weights of up to three linears [N_i, D], y [B, sum of N_i] float32.
 
-    With an `update` what rows' own adapters make of x is written too (`shrink`): of one row by programs of this launch,
-    of more by a launch beside it.
+    With an `update` what rows' own adapters add is made as well (`adapters`).
     """
     batch, inputs = x.shape
     sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
-    tiles = tiles or Tiles.of(batch, sum(sizes), inputs, x.element_size())
+    tiles = tiles or Tiles.of(batch, sum(sizes), inputs, x.element_size(), update is not None)
     padded = [*weights, *[weights[0]] * (3 - len(weights))]
     norms, constants = Norm.arguments(norm, x)
-    adapters: tuple[Any, ...] = (x, 4, x, 0, *(x,) * 3, 0)
-    shrinks = 0
-    merged = {"Q": 1, "R": 1, "MEMBERS": 1, "M": 1, **Shares(1, 1, 4, 1, 1).constants()}
+    blocks = sum(triton.cdiv(size, tiles.outputs) for size in sizes)
+    adapters: tuple[Any, ...] = (x, x, 4, x, 0, *(x,) * 3, 0)
+    work = inside = NO_WORK
     if update is not None:
-        adapters = (update.u, 4, update.ready, update.before, *update.reads.tensors, update.site)
-    if update is not None and batch == 1:
-        members, most = update.u.shape[1:]
-        shares = shares or Shares.of(batch, inputs, most)
-        shrinks = members * shares.programs
-        merged = {
-            "Q": update.columns, "R": most, "MEMBERS": members, "M": update.reads.records.shape[1], **shares.constants()
-        }  # fmt: skip
-    limit = {"maxnreg": _REGISTERS} if shrinks and x.is_cuda else {}
-    _linear[(shrinks + sum(triton.cdiv(size, tiles.outputs) for size in sizes),)](
+        adapters, work = update.tensors, Work.of(update, inputs, sizes, shares, cut)
+        inside = work if batch == 1 else NO_WORK
+    limit = {"maxnreg": _REGISTERS} if inside.shrinks and x.is_cuda else {}
+    _linear[(inside.shrinks + inside.expands + blocks,)](
         x, norms, *padded, y, *adapters, B=batch, D=inputs, N0=sizes[0], N1=sizes[1], N2=sizes[2],
-        BATCH=max(16, triton.next_power_of_2(batch)), N=tiles.outputs, BLOCK=tiles.inputs, SHRINKS=shrinks,
-        BESIDE=update is not None and batch > 1, **merged, num_warps=tiles.warps, num_stages=tiles.stages, **constants,
-        **limit, **dependent(x.device),
+        BATCH=max(16, triton.next_power_of_2(batch)), N=tiles.outputs, BLOCK=tiles.inputs, LORA=update is not None,
+        SHRINKS=inside.shrinks, AHEAD=int(_AHEAD * blocks), EXPANDS=inside.expands, **inside.constants,
+        num_warps=tiles.warps, num_stages=tiles.stages, **constants, **limit, **dependent(x.device),
     )  # fmt: skip
     if update is not None and batch > 1:
-        shrink(x, update, sizes, shares=shares)
+        add_beside(x, update, sizes, work)

@@ -8,9 +8,12 @@ the two hundred kernels that need it. By format, 16, 8, 4 and 2 bits in this ord
     4         what multiplies the update, float32
     5 - 8     where its rows of A' begin, in units of 128 bytes
     9 - 12    where its rows of B' begin
-    13        where the scales of both lie, in one number: float32 [3, R], by format from 8 bits on
+    13        where the scales of both lie, in one number: float32 [2, R], at 4 and at 2 bits
     14 - 17   how many rows there are
     18 - 20   the direction of the first of them, from 8 bits on; at 16 bits it is direction 0
+
+Directions at 8 bits lie there in the model's own dtype, as those at 16 bits do, scales and all: looking up 256 levels
+costs more than the bytes it saves (docs/log.md).
 
 A quarter of a row is the unit of its codes: at 4 bits byte i holds columns i and 2 L + i, at 2 bits columns i, L + i,
 2 L + i and 3 L + i, L being a quarter of the width; so no code crosses a lane. Rows of A' are quartered whole; those of
@@ -19,9 +22,9 @@ one stretch of memory.
 
 Levels: `ladder.formats`; a value is level[code] times one scale a row, which is applied to the sum instead. Turning
 codes into levels is what reading few bits costs: a load from a table takes twelve cycles (docs/log.md). So for models
-in bfloat16 levels of 4 and 2 bits are selected from constants, to 24 bits; else they are loaded.
-
-Shape legend: K directions of a tile, L columns of one quarter.
+in bfloat16 levels are selected byte by byte from a few registers. They are bfloat16 themselves, stretched first so that
+all of them are nearly numbers of that kind: by 1.96 those of 4 bits are at most 0.0011 of themselves off, by 1.69 those
+of 2 bits 0.00003. Scales are as much smaller.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ladder.formats import LEVELS
-from .launch import INTERPRETED
+from .launch import INTERPRETED, fetch
 
 ALIGNMENT = 128
 """Bytes; of a cache line, and what every part of a ladder begins at a multiple of."""
@@ -53,69 +56,63 @@ _STARTS_B: tl.constexpr = tl.constexpr(STARTS_B)
 _SCALES: tl.constexpr = tl.constexpr(SCALES)
 _ROWS: tl.constexpr = tl.constexpr(ROWS)
 _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
-_FOUR: tl.constexpr = tl.constexpr(256)
-_TWO: tl.constexpr = tl.constexpr(272)
+_TWO: tl.constexpr = tl.constexpr(16)
 
 
-def _selected(bits: int) -> list[tuple[str, str]]:
-    """The bytes of levels in float32, highest first and without the lowest: of each those of the first four codes and
-    of the next four. 2 bits have no more than four, which are then there twice."""
-    words = LEVELS[bits].view(torch.int32).repeat(8 // min(8, len(LEVELS[bits]))).tolist()[:8]
+STRETCH = {4: 1.9619140625, 2: 1.6904296875}
+"""What levels in bfloat16 are multiplied by: of the 1,024 factors from 1 to 2 that with the smallest largest error."""
+_AGAIN_FOUR: tl.constexpr = tl.constexpr(STRETCH[4] ** -2)
+_AGAIN_TWO: tl.constexpr = tl.constexpr(STRETCH[2] ** -2)
+_WORDS_FOUR: tl.constexpr = tl.constexpr(20)
+_WORDS_TWO: tl.constexpr = tl.constexpr(24)
 
-    def together(codes: list[int], shift: int) -> str:
-        return hex(sum((word >> shift & 255) << 8 * place for place, word in enumerate(codes)))
-
-    return [(together(words[:4], shift), together(words[4:], shift)) for shift in (24, 16, 8)]
-
-
-def _select(bits: int, word: str, outputs: tuple[int, int, int, int]) -> str:
-    """PTX: what the four nibbles in the low half of `word` stand for, into `outputs`, float32, of which the last 8 bits
-    repeat the 8 before. A nibble's lowest three bits select a byte of eight, which `prmt` does four at a time; at 4
-    bits the highest is the sign."""
-    lines = [f"and.b32 m, {word}, 0x7777;"]
-    lines += [
-        f"prmt.b32 {byte}, {first}, {last}, m;" for byte, (first, last) in zip("hkl", _selected(bits), strict=True)
-    ]
-    if bits == 4:
-        # A nibble's highest bit makes `prmt` repeat a byte's sign: 0xff, and else 0x80.
-        lines += [
-            f"prmt.b32 s, 0x80808080, 0x80808080, {word}; shl.b32 s, s, 1;",
-            "lop3.b32 h, h, s, 0x80808080, 0x78;",  # h ^ (s & 0x80...)
-        ]
-    for pair in (0, 1):
-        lines.append(f"prmt.b32 p, k, h, {(0x5140, 0x7362)[pair]:#x};")
-        for half in (0, 1):
-            place = 2 * pair + half
-            # Bytes l, l, k and h of a value.
-            lines.append(f"prmt.b32 ${outputs[place]}, l, p, {(0x5400, 0x7600)[half] + 0x11 * place:#x};")
-    return " ".join(lines)
+# prmt takes four bytes of eight, as the four nibbles in the low half of its last operand say. Of a nibble the lowest
+# three bits choose; the highest repeats the sign of that byte, and is kept out of where levels are chosen.
+_INTERLEAVED = "prmt.b32 ${first}, l, h, 0x6240; prmt.b32 ${second}, l, h, 0x7351;"
+"""Low and high bytes of four values -> two registers of two values, of the even nibbles and of the odd ones."""
 
 
 def _assembly(*body: str) -> str:
-    return " ".join(("{ .reg .b32 m, h, k, l, s, p, w, t;", *body, "}"))
+    return " ".join(("{ .reg .b32 h, l, m, s, t, v, w;", *body, "}"))
 
 
-_FOUR_BITS: tl.constexpr = tl.constexpr(
-    _assembly(
-        _select(4, "$8", (0, 4, 1, 5)),
-        "shr.u32 t, $8, 16;",
-        _select(4, "t", (2, 6, 3, 7)),
-    )
-)
-"""Of four bytes the values of their low nibbles, then of their high ones."""
-_TWO_BITS: tl.constexpr = tl.constexpr(
-    _assembly(
-        "and.b32 w, $16, 0x33333333;",
-        _select(2, "w", (0, 8, 1, 9)),
-        "shr.u32 t, w, 16;",
-        _select(2, "t", (2, 10, 3, 11)),
-        "shr.u32 w, $16, 2; and.b32 w, w, 0x33333333;",
-        _select(2, "w", (4, 12, 5, 13)),
-        "shr.u32 t, w, 16;",
-        _select(2, "t", (6, 14, 7, 15)),
-    )
-)
-"""Of four bytes the values of their lowest two bits, of the next, and so on."""
+def _four_bits() -> str:
+    """PTX: four bytes in $4, and the high bytes ($5, $9) and low bytes ($13, $17) of eight levels -> two registers of
+    what low nibbles are read as, and two of the high ones. A nibble's highest bit is the sign."""
+    lines = ["and.b32 w, $4, 0x77777777;"]
+    for half, (chosen, signs) in enumerate((("w", "$4"), ("m", "t"))):
+        if half:
+            lines.append("shr.u32 m, w, 16; shr.u32 t, $4, 16;")
+        lines += [
+            f"prmt.b32 h, $5, $9, {chosen}; prmt.b32 l, $13, $17, {chosen};",
+            # 0xff where the sign is repeated, else 0x80; of that the highest bit but one.
+            f"prmt.b32 s, 0x80808080, 0x80808080, {signs}; shl.b32 s, s, 1;",
+            "lop3.b32 h, h, s, 0x80808080, 0x78;",  # h ^ (s & 0x80...)
+            _INTERLEAVED.format(first=half, second=2 + half),
+        ]
+    return _assembly(*lines)
+
+
+def _two_bits() -> str:
+    """PTX: four bytes in $8, and the high ($9) and low ($13) bytes of four levels -> two registers each of what the
+    lowest two bits are read as, the next, and so on."""
+    lines = ["and.b32 w, $8, 0x33333333; shr.u32 v, $8, 2; and.b32 v, v, 0x33333333;"]
+    for half in (0, 1):
+        for place, word in enumerate("wv"):
+            if half:
+                lines.append(f"shr.u32 m, {word}, 16;")
+            chosen = "m" if half else word
+            lines += [
+                f"prmt.b32 h, $9, $9, {chosen}; prmt.b32 l, $13, $13, {chosen};",
+                _INTERLEAVED.format(first=2 * place + half, second=2 * (place + 2) + half),
+            ]
+    return _assembly(*lines)
+
+
+_FOUR_BITS: tl.constexpr = tl.constexpr(_four_bits())
+_TWO_BITS: tl.constexpr = tl.constexpr(_two_bits())
+_FOUR_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 17))
+_TWO_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 9))
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Reads:
     arena: Tensor
     """[bytes] uint8"""
     levels: Tensor
-    """[276] float32"""
+    """[26] float32, `level_table`"""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -136,9 +133,16 @@ class Reads:
 
 
 @lru_cache(maxsize=16)
-def level_table(device: torch.device) -> Tensor:
-    """[256 + 16 + 4] float32: what codes of 8, 4 and 2 bits are read as."""
-    return torch.cat([LEVELS[8], LEVELS[4], LEVELS[2]]).to(device)
+def level_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[16 + 4 + 6] float32: what codes of 4 and 2 bits are read as in `dtype`, stretched; and for bfloat16 the
+    bytes that levels are selected from, as they are in memory: of the first eight of 4 bits the high ones (two numbers)
+    and the low ones, of those of 2 bits the high ones and the low ones."""
+    if dtype != torch.bfloat16:
+        return torch.cat([LEVELS[4], LEVELS[2], torch.zeros(6)]).to(device)
+    levels = {bits: (LEVELS[bits] * STRETCH[bits]).to(dtype) for bits in (4, 2)}
+    low_high = [levels[bits][:8].view(torch.uint8).view(-1, 2).T.flip(0) for bits in (4, 2)]
+    words = torch.cat([own.flatten() for own in low_high]).view(torch.float32)
+    return torch.cat([*(own.float() for own in levels.values()), words]).to(device)
 
 
 @triton.jit
@@ -166,32 +170,31 @@ def part(arena, record, FIELD: tl.constexpr):
 
 
 @triton.jit
-def eight_bits(b0, b1, b2, b3, levels):
-    """Values of the four quarters from their bytes."""
-    v0 = tl.load(levels + b0.to(tl.int32))
-    v1 = tl.load(levels + b1.to(tl.int32))
-    v2 = tl.load(levels + b2.to(tl.int32))
-    return v0, v1, v2, tl.load(levels + b3.to(tl.int32))
+def _word(levels, AT: tl.constexpr):
+    return tl.load(levels + AT).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def four_bits(low, high, levels, KIND: tl.constexpr):
     """Values of the four quarters: `low` are the bytes of the first and third, `high` those of the second and last."""
     if not INTERPRETED and KIND.is_bf16():
+        h0 = _word(levels, _WORDS_FOUR)
+        h1 = _word(levels, _WORDS_FOUR + 1)
+        l0 = _word(levels, _WORDS_FOUR + 2)
+        l1 = _word(levels, _WORDS_FOUR + 3)
         v0, v2 = tl.inline_asm_elementwise(
-            _FOUR_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [low], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+            _FOUR_BITS, _FOUR_OPERANDS, [low, h0, h1, l0, l1], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )  # fmt: skip
         v1, v3 = tl.inline_asm_elementwise(
-            _FOUR_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [high], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+            _FOUR_BITS, _FOUR_OPERANDS, [high, h0, h1, l0, l1], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )  # fmt: skip
     else:
-        levels += _FOUR
         low = low.to(tl.int32)
         high = high.to(tl.int32)
-        v0 = tl.load(levels + (low & 15))
-        v1 = tl.load(levels + (high & 15))
-        v2 = tl.load(levels + (low >> 4))
-        v3 = tl.load(levels + (high >> 4))
+        v0 = tl.load(levels + (low & 15)).to(KIND)
+        v1 = tl.load(levels + (high & 15)).to(KIND)
+        v2 = tl.load(levels + (low >> 4)).to(KIND)
+        v3 = tl.load(levels + (high >> 4)).to(KIND)
     return v0, v1, v2, v3
 
 
@@ -200,30 +203,42 @@ def two_bits(byte, levels, KIND: tl.constexpr):
     """Values of the four quarters."""
     if not INTERPRETED and KIND.is_bf16():
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
-            _TWO_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r", [byte],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=4,
+            _TWO_BITS, _TWO_OPERANDS, [byte, _word(levels, _WORDS_TWO), _word(levels, _WORDS_TWO + 1)],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
         levels += _TWO
         byte = byte.to(tl.int32)
-        v0 = tl.load(levels + (byte & 3))
-        v1 = tl.load(levels + ((byte >> 2) & 3))
-        v2 = tl.load(levels + ((byte >> 4) & 3))
-        v3 = tl.load(levels + (byte >> 6))
+        v0 = tl.load(levels + (byte & 3)).to(KIND)
+        v1 = tl.load(levels + ((byte >> 2) & 3)).to(KIND)
+        v2 = tl.load(levels + ((byte >> 4) & 3)).to(KIND)
+        v3 = tl.load(levels + (byte >> 6)).to(KIND)
     return v0, v1, v2, v3
 
 
 @triton.jit
-def row_scales(arena, record, direction, mask, FORMAT: tl.constexpr, R: tl.constexpr):
-    """[K] float32 scales of A' and B' in one number; FORMAT 1, 2, 3: at 8, 4, 2 bits."""
+def row_scales(arena, record, direction, mask, FORMAT: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr):
+    """float32 scales of A' and B' in one number, for levels as KIND has them; FORMAT 2, 3: at 4, 2 bits."""
     scales = part(arena, record, _SCALES).to(tl.pointer_type(tl.float32))
-    return tl.load(scales + (FORMAT - 1) * R + direction, mask=mask, other=0.0)
+    scale = tl.load(scales + (FORMAT - 2) * R + direction, mask=mask, other=0.0)
+    if KIND.is_bf16():
+        scale *= _AGAIN_FOUR if FORMAT == 2 else _AGAIN_TWO
+    return scale
 
 
 @triton.jit
-def block_rows(arena, record, block, FORMAT: tl.constexpr, BYTES: tl.constexpr):
-    """Pointers to direction 0 of blocks of B' at a format, a row of which is BYTES long in a block."""
-    start = part(arena, record, _STARTS_B + FORMAT) + block * number(record, _ROWS + FORMAT) * BYTES
+def rows_of_b(arena, record, FORMAT: tl.constexpr, BYTES: tl.constexpr):
+    """Pointer to direction 0 of block 0 of B' at a format, a row of which is BYTES long in a block, and how many bytes
+    on the next block begins."""
+    start = part(arena, record, _STARTS_B + FORMAT)
     if FORMAT > 0:
         start -= number(record, _FIRSTS + FORMAT - 1) * BYTES
-    return start
+    return start, number(record, _ROWS + FORMAT) * BYTES
+
+
+@triton.jit
+def fetch_rows(arena, record, block, first, stop, FORMAT: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """Have directions `first` to `stop` of a block of B', SIZE bytes each, brought to the L2 cache."""
+    if stop > first and SIZE % 16 == 0:
+        start, stride = rows_of_b(arena, record, FORMAT, SIZE)
+        fetch(start + block * stride + first * SIZE, (stop - first) * SIZE, PDL)

@@ -12,77 +12,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expand import Cut, added, arguments, factors, fetched, lanes, quarters, settled
+from .adapters import Update
 from .launch import dependent, release, wait
-from .packed import record_of
-from .shrink import Shrink
-
-
-@triton.jit
-def _store_quarter(value, r, normed, weight, column, mask):
-    """One quarter of a row of the residual; returns its squares."""
-    tl.store(r + column, value, mask=mask)
-    tl.store(normed + column, (value * weight).to(normed.dtype.element_ty), mask=mask)
-    return tl.where(mask, value * value, 0.0)
+from .settle import adds, arguments, columns_of, settled
 
 
 @triton.jit
 def _residual(
-    y, bias, r, normed, squares, weight, u, records, arena, levels, site, four,
-    D: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr,
-    K: tl.constexpr, WIDE: tl.constexpr, FINE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    y, bias, r, normed, squares, weight, added, records, site, D: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
+    M: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
-    row = tl.program_id(0)
-    kind = normed.dtype.element_ty
-    block, inner = lanes(four, QUARTER, L)
-    real = block < LANES // QUARTER
-    block += tl.program_id(1) * (LANES // QUARTER)
-    column = block * (4 * QUARTER) + inner
-    real = real & (column < D)
-    record = record_of(records, row, site, M)
-    u += row * R
-    r += row * D
-    normed += row * D
-    if LORA:
-        tiles = fetched(record, arena, block, inner, real, kind, QUARTER, K, WIDE, FINE)
+    row, block = tl.program_id(0), tl.program_id(1)
+    column = block * C + tl.arange(0, C)
+    real = column < D
+    at = row * D + column
+    scale = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    there = adds(records, row, site, M, LORA)
     wait(PDL)
-    if LORA:
-        factor = factors(u, record, K, WIDE, FINE)
-    r0, r1, r2, r3 = quarters(r, column, D, real, QUARTER)
-    w0, w1, w2, w3 = quarters(weight, column, D, real, QUARTER)
-    y0, y1, y2, y3 = settled(y + row * D, 1.0, bias, column, D, real, BIAS, QUARTER)
-    if LORA:
-        y0, y1, y2, y3 = added(
-            y0, y1, y2, y3, tiles, factor, 1.0, u, record, arena, levels, block, inner, real, kind, QUARTER, K,
-            WIDE, FINE, L,
-        )  # fmt: skip
-    total = _store_quarter(r0 + y0, r, normed, w0, column, real)
-    total += _store_quarter(r1 + y1, r, normed, w1, column + QUARTER, real & (column + QUARTER < D))
-    total += _store_quarter(r2 + y2, r, normed, w2, column + 2 * QUARTER, real & (column + 2 * QUARTER < D))
-    total += _store_quarter(r3 + y3, r, normed, w3, column + 3 * QUARTER, real & (column + 3 * QUARTER < D))
-    tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
+    value = settled(y, added, at, there, real, LORA)
+    value += tl.load(r + at, mask=real, other=0.0)
+    if BIAS:
+        value += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(r + at, value, mask=real)
+    tl.store(normed + at, (value * scale).to(normed.dtype.element_ty), mask=real)
+    tl.store(squares + row * tl.num_programs(1) + block, tl.sum(value * value))
 
 
 def add_residual(
-    y: Tensor, r: Tensor, normed: Tensor, squares: Tensor, weight: Tensor, *, columns: int,
-    update: Shrink | None = None, bias: Tensor | None = None, cut: Cut | None = None,
+    y: Tensor, r: Tensor, normed: Tensor, squares: Tensor, weight: Tensor, *, update: Update | None = None,
+    bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """r += y + bias + B'u in place, and the next norm's: r, y [B, D] float32; normed [B, D] in the model's dtype is r *
     weight [D]; squares [B, programs] float32, one sum for each program of a row, so many as `squares_of` says."""
     adapters, constants = arguments(update, r)
     batch, width = r.shape
-    cut = cut or Cut.of(batch, triton.cdiv(width, columns))
-    _residual[(batch, triton.cdiv(width, cut.blocks * columns))](
-        y, r if bias is None else bias, r, normed, squares, weight, *adapters, D=width, BIAS=bias is not None,
-        **constants, **cut.constants(columns),
-        **dependent(r.device),
+    _residual[(batch, squares_of(batch, width))](
+        y, r if bias is None else bias, r, normed, squares, weight, *adapters, D=width, C=columns_of(batch),
+        BIAS=bias is not None, **constants, num_warps=1, **dependent(r.device),
     )  # fmt: skip
 
 
-def squares_of(batch: int, width: int, columns: int) -> int:
+def squares_of(batch: int, width: int) -> int:
     """How many sums of squares of a row `add_residual` leaves."""
-    return triton.cdiv(width, Cut.of(batch, triton.cdiv(width, columns)).blocks * columns)
+    return triton.cdiv(width, columns_of(batch))
 
 
 @triton.jit

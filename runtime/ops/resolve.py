@@ -98,8 +98,8 @@ def resolve(reads: Reads, rows: Rows, tables: Tables) -> None:
     )  # fmt: skip
 
 
-def reads_for(rows: int, modules: int, arena: Tensor) -> Reads:
-    """Records of `rows` rows that read nothing yet, of ladders in `arena`."""
+def reads_for(rows: int, modules: int, arena: Tensor, dtype: torch.dtype) -> Reads:
+    """Records of `rows` rows that read nothing yet, of ladders in `arena`, for a model in `dtype`."""
     device = arena.device
     records = torch.zeros(rows, modules, RECORD, dtype=torch.int32, device=device)
-    return Reads(records, arena, level_table(device))
+    return Reads(records, arena, level_table(device, dtype))

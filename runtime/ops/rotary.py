@@ -16,11 +16,10 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
-from .expand import Cut, added, arguments, factors, fetched, lanes, settled
+from .adapters import Update
 from .launch import dependent, release, wait
 from .norm import Norm, rstd_of
-from .packed import record_of
-from .shrink import Shrink
+from .settle import adds, arguments, settled
 
 _PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
 
@@ -53,12 +52,11 @@ class Heads:
 
 @triton.jit
 def _rotary(
-    y, squares, bias_q, bias_k, bias_v, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages, u,
-    records, arena, levels, site, four,
+    y, squares, bias_q, bias_k, bias_v, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages,
+    added, records, site,
     H: tl.constexpr, HKV: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_EPS: tl.constexpr, IN: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    M: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
-    FINE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
@@ -72,27 +70,30 @@ def _rotary(
         bias = bias_v
     elif member == 1:
         bias = bias_k
-    kind = query.dtype.element_ty
-    block, lane = lanes(four, QUARTER, L)
-    real = block == 0
-    block += own
-    record = record_of(records, row, site + member, M)
-    u += (row * 3 + member) * R
-    y += row * WIDTH + head * HEAD
-    if LORA:
-        tiles = fetched(record, arena, block, lane, real, kind, QUARTER, K, WIDE, FINE)
+    lane = tl.arange(0, L)
+    real = lane < QUARTER
+    there = adds(records, row, site + member, M, LORA)
     wait(PDL)
-    if LORA:
-        factor = factors(u, record, K, WIDE, FINE)
-    rstd = rstd_of(squares, row, BLOCKS, PADDED, IN, EPS) if NORM else 1.0
-    y0, y1, y2, y3 = settled(y, rstd, bias + own * HEAD, lane, HEAD, real, BIAS, QUARTER)
-    if LORA:
-        y0, y1, y2, y3 = added(
-            y0, y1, y2, y3, tiles, factor, rstd, u, record, arena, levels, block, lane, real, kind, QUARTER, K,
-            WIDE, FINE, L,
-        )  # fmt: skip
+    # Not before: `embed` releases before it has written this.
     length = tl.load(lengths + row)
     position = tl.maximum(length - 1, 0)
+    place = row * WIDTH + head * HEAD + lane
+    y0 = settled(y, added, place, there, real, LORA)
+    y1 = settled(y, added, place + QUARTER, there, real, LORA)
+    y2 = settled(y, added, place + 2 * QUARTER, there, real, LORA)
+    y3 = settled(y, added, place + 3 * QUARTER, there, real, LORA)
+    if NORM:
+        rstd = rstd_of(squares, row, BLOCKS, PADDED, IN, EPS)
+        y0 *= rstd
+        y1 *= rstd
+        y2 *= rstd
+        y3 *= rstd
+    if BIAS:
+        bias += own * HEAD + lane
+        y0 += tl.load(bias, mask=real, other=0.0).to(tl.float32)
+        y1 += tl.load(bias + QUARTER, mask=real, other=0.0).to(tl.float32)
+        y2 += tl.load(bias + 2 * QUARTER, mask=real, other=0.0).to(tl.float32)
+        y3 += tl.load(bias + 3 * QUARTER, mask=real, other=0.0).to(tl.float32)
     # Two conditions: without norms there are no weights, and the compiler must not look at what reads them.
     if HEAD_NORM:  # noqa: SIM102
         if member < 2:
@@ -138,8 +139,8 @@ def _store(out, y0, y1, y2, y3, real, QUARTER: tl.constexpr):
 
 
 def rotate(
-    y: Tensor, query: Tensor, pages: Pages, heads: Heads, *, update: Shrink | None = None, norm: Norm | None = None,
-    biases: tuple[Tensor, ...] | None = None, cut: Cut | None = None,
+    y: Tensor, query: Tensor, pages: Pages, heads: Heads, *, update: Update | None = None, norm: Norm | None = None,
+    biases: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
     """q, k and v of the token being decoded: y [B, (H + 2 Hkv) D] float32 -> query [B, H, D], and its page.
 
@@ -155,5 +156,5 @@ def rotate(
         y, norms, *(biases or (query,) * 3), query, pages.keys, pages.values, pages.table, pages.lengths, heads.cosine,
         heads.sine, *weights, pages.table.shape[1], *adapters, H=count, HKV=kv_heads,
         HEAD_NORM=heads.q_norm is not None, HEAD_EPS=heads.eps, BIAS=biases is not None, **norm_constants, **constants,
-        **(cut or Cut.of(batch, 1)).constants(width), **dependent(query.device),
+        QUARTER=width // 4, L=triton.next_power_of_2(width // 4), num_warps=1, **dependent(query.device),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def begun(monkeypatch):
 
     monkeypatch.setattr(decoders.Decoder, "begin", begin)
     monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
-    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128, 4))
+    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
     return found
 
 

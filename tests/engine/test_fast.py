@@ -35,7 +35,7 @@ def made(monkeypatch):
 
     monkeypatch.setattr(import_module("runtime.generate.fast"), "Decoder", Kept)
     monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
-    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128, 4))
+    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
     return found
 
 

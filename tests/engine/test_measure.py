@@ -124,7 +124,7 @@ def test_what_runs_reads_the_rung_that_it_is_timed_as(llama, ladders, monkeypatc
     """For real: tokens and pages alike, the base model, a coded rung and the exact adapter differ, and deciding at the
     exact one computes what it does."""
     monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
-    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128, 4))
+    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
     ladder = ladders[0].with_rungs([2])
     found: dict[tuple[int, bool], torch.Tensor] = {}
     plain: list[torch.Tensor] = []

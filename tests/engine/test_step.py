@@ -22,6 +22,7 @@ from runtime.engine.step import Forward
 from runtime.engine.store import AdapterStore
 from runtime.ladder import Ladder
 from runtime.ops.resolve import reads_for
+from runtime.ops.shrink import Shares
 from tests.ops.ladders import RANK, mixed_ladder, random_adapter, stored
 from tests.ops.near import check_near
 from tests.runtime.reference import definition_hooks, handmade_ladder, seeded_model
@@ -105,7 +106,7 @@ class Batch:
                     peer.weights[:, length + step, rung] = weight
         self.store = store
         b = Buffers.of(self.model, len(prompts), 2, RANK, 1, splits)
-        reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena)
+        reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena, self.plain.dtype)
         last = self.model.shape.layers - 1
         self.forward = Forward(
             self.model, None if store is None else store.tables, reads, Pool.of(self.model, 2 * len(prompts)), b,
@@ -115,7 +116,7 @@ class Batch:
         b.table.copy_(torch.arange(2 * len(prompts)).flip(0).view(-1, 2))
         for row, length in enumerate(prompts):
             self.prefill(row, length)
-        for own in (b.r, b.normed, b.squares, b.y, b.u, b.query, b.attended, b.inner, b.logits, b.distant):
+        for own in (b.r, b.normed, b.squares, b.y, b.added, b.u, b.query, b.attended, b.inner, b.logits, b.distant):
             own.fill_(torch.nan)
 
     def prefill(self, row: int, length: int) -> None:
@@ -138,10 +139,13 @@ class Batch:
                 b.rows.slot[row], b.rows.rung[row] = slot, rung
                 b.rows.weight[row] = weight * peer.ladder.scales[rung] if peer.ladder is not None else weight
         self.forward()
-        # Every shrink found its input there, and nobody is left to find that of an earlier site.
-        shrinks = self.uses and len(self.peers) > 1
+        # All of u was there, and no earlier site is taken for another.
         last = len(MEMBERS) * (self.model.shape.layers - 1) + DOWN
-        assert b.ready.nonzero().flatten().tolist() == ([last] if shrinks else [])
+        counted = torch.zeros_like(b.ready)
+        if self.uses:
+            shares = Shares.of(len(self.peers), self.model.shape.inner, RANK).programs
+            counted[last] = shares + (len(self.peers) > 1)
+        assert torch.equal(b.ready, counted)
         for row, peer in enumerate(self.peers):
             count = len(peer.tokens) - STEPS + step + 1
             if count == step + 1:

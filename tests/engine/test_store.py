@@ -11,10 +11,10 @@ from torch import Tensor
 
 from runtime.engine.store import AdapterStore, Module, needed_bytes
 from runtime.ladder import Ladder, build_ladder
-from runtime.ladder.formats import BITS, CODED
+from runtime.ladder.formats import BITS, CODED, LEVELS
 from runtime.ops.packed import ALIGNMENT, FIRSTS, ROWS, SCALES, STARTS_A, STARTS_B
 from runtime.packing import unpack
-from tests.ops.ladders import RANK, ladders_of, random_adapter
+from tests.ops.ladders import RANK, ladders_of, mixed_ladder, random_adapter
 
 MODULES = {"one": Module(20, 100, 64), "two": Module(36, 24, 8), "three": Module(4, 36, 16), "four": Module(8, 8, 8)}
 CPU = torch.device("cpu")
@@ -46,11 +46,11 @@ class Found:
     first: int
     stop: int
     a: Tensor
-    """[n, D] values of 16 bits, codes of fewer"""
+    """[n, D] values of 16 and 8 bits in the store's dtype, codes of fewer"""
     b: Tensor
     """[n, N]"""
     scales: Tensor
-    """[n] float32, of codes"""
+    """[n] float32, of codes; none of values"""
 
 
 def stored(store: AdapterStore, slot: int, bank: int, name: str) -> Iterator[tuple[int, Found]]:
@@ -62,25 +62,23 @@ def stored(store: AdapterStore, slot: int, bank: int, name: str) -> Iterator[tup
             continue
 
         def read(field: int, count: int, bits: int = bits, part: list[int] = part) -> Tensor:
-            """count values of 16 bits, or the bytes of as many codes."""
+            """count values of 16 or 8 bits, or the bytes of as many codes."""
             stretch = store.arena[part[field - STARTS_A] * ALIGNMENT :]
-            if bits == 16:
+            if bits >= 8:
                 return stretch[: count * store.dtype.itemsize].view(store.dtype)
             return stretch[: count * bits // 8]
 
         blocks = -(-own.outputs // own.columns)
         a, b = read(STARTS_A + f, rows * own.inputs), read(STARTS_B + f, blocks * rows * own.columns)
-        if bits < 16:
+        if bits < 8:
             a = unpack(a.view(rows, -1), bits, own.inputs)
             b = unpack(b.view(blocks, rows, -1), bits, own.columns)
         whole = b.view(blocks, rows, own.columns).transpose(0, 1).flatten(1)
         assert not whole[:, own.outputs :].any(), "the last block is filled up with zeros"
         start = part[SCALES - STARTS_A] * ALIGNMENT
-        scales = store.arena[start : start + 4 * 3 * RANK].view(FP32).view(3, RANK)
-        yield (
-            bits,
-            Found(first, first + rows, a.view(rows, -1), whole[:, : own.outputs], scales[f - 1, first : first + rows]),
-        )
+        scales = store.arena[start : start + 4 * 2 * RANK].view(FP32).view(2, RANK)
+        scale = scales[f - 2, first : first + rows] if bits < 8 else scales[:0]
+        yield bits, Found(first, first + rows, a.view(rows, -1), whole[:, : own.outputs], scale)
 
 
 def check(store: AdapterStore, slot: int, ladder: Ladder) -> None:
@@ -117,8 +115,11 @@ def check_range(found: Found, bits: int, start: int, stop: int, ladder: Ladder, 
     own = ladder.banks[bank][name]
     for half, rows in ((found.a, own.a), (found.b, own.b)):
         wanted = rows.wide[start:stop].to(half.dtype) if bits == 16 else rows.codes(start, stop, bits)
+        if bits == 8:
+            values = LEVELS[8][wanted.int()] * rows.scales[CODED.index(8)][start:stop, None].float()
+            wanted = values.to(half.dtype)
         assert torch.equal(half[here], wanted)
-    if bits < 16:
+    if bits < 8:
         scales = [rows.scales[CODED.index(bits)][start:stop].float() for rows in (own.a, own.b)]
         assert torch.equal(found.scales[here], scales[0] * scales[1])
 
@@ -133,8 +134,17 @@ def test_what_lies_where_the_tables_say(dtype, ladders):
     assert sum(map(store.bytes_of, range(8))) == len(store.arena), "the store is full to the last byte"
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(FP32, 4), (torch.bfloat16, 2)], ids=str)
+def test_bytes_by_hand(dtype, value):
+    """One, one, three and two directions at 16, 8, 4 and 2 bits: those at 8 bits are numbers as well."""
+    modules = {"one": Module(256, 128, 64)}
+    whole = mixed_ladder(modules, 0)
+    numbers, codes = 2 * (256 + 128) * value, (3 * 128 + 256) + (128 + 128)
+    assert needed_bytes([whole.up_to(whole.rungs[0])], modules, RANK, dtype) == 128 + numbers + codes
+
+
 def test_ladders_come_and_go(ladders):
-    small, middle, large = sorted(ladders, key=needed)[-3:]
+    small, middle, large = sorted({needed(own): own for own in ladders}.values(), key=needed)[-3:]
     assert needed(middle) < needed(large) <= needed(small) + needed(middle), "two that are gone make room for it"
     store = store_of([small, middle, large])
     for ladder in (small, middle, large):

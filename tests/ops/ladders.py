@@ -69,7 +69,7 @@ def stored(
         store.load(ladder)
     for own in store.tables.parts.flatten(0, 2):
         start = ALIGNMENT * int(own[SCALES - STARTS_A])
-        scales = store.arena[start : start + 4 * 3 * RANK].view(torch.float32)
+        scales = store.arena[start : start + 4 * 2 * RANK].view(torch.float32)
         if own.any():
             scales[scales == 0] = torch.nan  # of directions that no rung reads at a format
     return store

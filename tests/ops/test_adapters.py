@@ -1,50 +1,60 @@
 """What adapters add to the outputs of linears, and what becomes of those, against float64.
 
 A layer of awkward widths is the second of two, so its modules begin at number 7. Adapters of all kinds lie in one
-store. Whatever no row may read is NaN: the arena around them, scales of what is not read, directions of u that a row
-does not have, every buffer's surroundings, and what is to be written before it is.
+store. Whatever no row may read is NaN: the arena around them, scales of what is not read, directions of u and what is
+added where a row has none, every buffer's surroundings, and what is to be written before it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from policy.settings import PAGE_TOKENS
 from runtime.engine.store import AdapterStore, Module
 from runtime.ladder import Ladder
+from runtime.ladder.formats import BITS, CODED
+from runtime.ops import adapters, expand, packed
+from runtime.ops.adapters import Update
 from runtime.ops.expand import Cut
 from runtime.ops.gated import gate_up
-from runtime.ops.linear import linear
+from runtime.ops.launch import INTERPRETED
+from runtime.ops.linear import Tiles, linear
 from runtime.ops.norm import Norm
-from runtime.ops.packed import Reads
+from runtime.ops.packed import ALIGNMENT, ENDS, FIRSTS, RECORD, ROWS, STARTS_B, STRETCH, Reads, level_table
 from runtime.ops.reference import decode as reference
 from runtime.ops.residual import add_residual, embed, squares_of
 from runtime.ops.resolve import Rows, reads_for, resolve
 from runtime.ops.rotary import Heads, Pages, rotate
-from runtime.ops.shrink import Shares, Shrink, shrink
+from runtime.ops.shrink import Shares
 from tests.ops.ladders import RANK, factors, ladders_of, stored
 from tests.ops.near import check_guards, check_near, guarded, poisoned
 
-HIDDEN, INNER, HEADS, KV_HEADS, CHANNELS, COLUMNS = 116, 76, 3, 1, 20, 32
+HIDDEN, INNER, HEADS, KV_HEADS, CHANNELS = 116, 76, 3, 1, 20
 LAYER = {
     "q": Module(HIDDEN, HEADS * CHANNELS, CHANNELS),
     "k": Module(HIDDEN, KV_HEADS * CHANNELS, CHANNELS),
     "v": Module(HIDDEN, KV_HEADS * CHANNELS, CHANNELS),
-    "o": Module(HEADS * CHANNELS, HIDDEN, COLUMNS),
-    "gate": Module(HIDDEN, INNER, COLUMNS),
-    "up": Module(HIDDEN, INNER, COLUMNS),
-    "down": Module(INNER, HIDDEN, COLUMNS),
+    "o": Module(HEADS * CHANNELS, HIDDEN, 32),
+    "gate": Module(HIDDEN, INNER, 64),
+    "up": Module(HIDDEN, INNER, 64),
+    "down": Module(INNER, HIDDEN, 48),
 }
 MODULES = {f"{layer}.{name}": own for layer in range(2) for name, own in LAYER.items()}
-QKV, GATE_UP, OUT = ("1.q", "1.k", "1.v"), ("1.gate", "1.up"), ("1.o",)
+QKV, GATE_UP, OUT, DOWN = ("1.q", "1.k", "1.v"), ("1.gate", "1.up"), ("1.o",), ("1.down",)
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = 0.1
 GARBAGE = 2**30
+BEFORE, UNUSED = 17, -3
+"""What `ready` says of the site before, and of those that are nobody's."""
 
 Use = tuple[int, int, float]
 """Of a row its slot, rung and weight."""
@@ -66,7 +76,7 @@ class Adapters:
     def reads(self, uses: list[Use]) -> Reads:
         device = self.store.device
         slot, rung, weight = (torch.tensor(own, device=device) for own in zip(*uses, strict=True))
-        reads = reads_for(len(uses), len(MODULES), self.store.arena)
+        reads = reads_for(len(uses), len(MODULES), self.store.arena, self.dtype)
         resolve(reads, Rows(slot.int(), rung.int(), weight.float()), self.store.tables)
         return reads
 
@@ -79,6 +89,17 @@ class Adapters:
             found.append(none if ladder is None else factors(ladder, name, rung))
         return [tuple(half.to(self.store.device, dtype) for half in pair) for pair in found]
 
+    def scales(self, use: Use, name: str) -> Tensor:
+        """[n] float64: what u has beside A'x, scales of B' at 4 and 2 bits, by which sums of levels are stretched."""
+        ladder = self.store.ladders[use[0]]
+        assert ladder is not None
+        own, ends = ladder.banks[ladder.bank_of[use[1]]][name].b, ladder.edges[use[1], list(MODULES).index(name)]
+        found = [torch.ones(int(ends[1]), dtype=torch.float64)]
+        for bits, first, stop in zip((4, 2), ends[1:3].tolist(), ends[2:].tolist(), strict=True):
+            scales = own.scales[CODED.index(bits)][first:stop].double()
+            found.append(scales / STRETCH[bits] if self.dtype == BF16 else scales)
+        return torch.cat(found).to(self.store.device)
+
 
 @pytest.fixture(scope="module")
 def ladders() -> list[Ladder]:
@@ -89,6 +110,40 @@ def ladders() -> list[Ladder]:
 def stores(ladders, device) -> dict[torch.dtype, Adapters]:
     """By dtype of the model."""
     return {dtype: Adapters(stored(ladders, MODULES, dtype, device), dtype) for dtype in (FP32, BF16)}
+
+
+@dataclass
+class Seen:
+    """What programs asked of each other, and had fetched."""
+
+    waits: set[tuple[int, int]]
+    """Address of a number, and how high it was to be"""
+    fetched: list[tuple[int, int]]
+    """Address and bytes"""
+
+
+@contextmanager
+def watched() -> Iterator[Seen | None]:
+    """Nothing is seen of compiled kernels. In the interpreter programs come one after another, so one that has to wait
+    would for ever, and fails."""
+    if not INTERPRETED:
+        yield None
+        return
+    seen = Seen(set(), [])
+
+    def await_count(number: Any, COUNT: int) -> None:
+        there = tl.load(number).handle.data.item()
+        assert there >= COUNT, f"a program waits for {COUNT}, and {there} is all that comes before it"
+        seen.waits.add((number.handle.data.item(), COUNT))
+
+    def fetch(pointer: Any, size: Any, PDL: bool) -> None:
+        seen.fetched.append((pointer.handle.data.item(), size.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (adapters, expand):
+            patch.setattr(module, "await_count", await_count)
+        patch.setattr(packed, "fetch", fetch)
+        yield seen
 
 
 class Group:
@@ -112,76 +167,130 @@ class Group:
     def drawn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return guarded(torch.randn(*shape, generator=self.random).to(self.device, dtype or self.dtype))
 
-    def update(self, u: Tensor, ready: int) -> Shrink:
-        """With its input there already, or not yet; the site before it, the layer's first, was there."""
-        flags = torch.zeros(len(MODULES), dtype=torch.int32, device=self.device)
-        flags[self.site], flags[0] = ready, 1
-        return Shrink(u, self.reads, self.site, MODULES[self.names[0]].columns, flags, 0)
-
     @property
     def site(self) -> int:
         return list(MODULES).index(self.names[0])
 
-    def shrink(self, shares: Shares | None = None) -> Shrink:
-        """What the kernel makes of the rows' directions; those that a row does not read stay as they are."""
-        u = poisoned(len(self.uses), len(self.names), RANK, device=self.device)
-        update = self.update(u, ready=1)
-        shrink(self.x, update, [*self.outputs, 0, 0][:3], shares=shares)
-        check_guards(u)
-        self.check_untouched(u)
-        return update
+    def update(self) -> Update:
+        """Nothing is there yet but of the site before."""
+        batch, device = len(self.uses), self.device
+        u = poisoned(batch, len(self.names), RANK, device=device)
+        added = poisoned(batch, sum(self.outputs), device=device)
+        ready = torch.full((len(MODULES), batch), UNUSED, dtype=torch.int32, device=device)
+        before = 7 if self.site > 7 else 6
+        ready[self.site], ready[before] = 0, BEFORE
+        return Update(u, added, self.reads, self.site, MODULES[self.names[0]].columns, ready, before)
 
-    def linear(self) -> tuple[Tensor, Shrink]:
-        """What the kernel puts out, and with it."""
+    def linear(
+        self, shares: Shares | None = None, cut: Cut | None = None, tiles: Tiles | None = None
+    ) -> tuple[Tensor, Update]:
+        """What the kernels put out, and what they add to it."""
+        batch, update = len(self.uses), self.update()
         weights = tuple(self.drawn(n, self.x.shape[1]) for n in self.outputs)
-        y, u = (
-            poisoned(len(self.uses), *shape, device=self.device)
-            for shape in ((sum(self.outputs),), (len(self.names), RANK))
-        )
-        update = self.update(u, ready=0)
-        linear(self.x, weights, y, update=update)
-        check_guards(y, u)
-        self.check_untouched(u)
-        # Of one row there is no launch that waits.
-        several = len(self.uses) > 1
-        assert (int(update.ready[0]), int(update.ready[self.site])) == ((0, 1) if several else (1, 0))
+        y = poisoned(batch, sum(self.outputs), device=self.device)
+        with watched() as seen:
+            linear(self.x, weights, y, update=update, shares=shares, cut=cut, tiles=tiles)
+        check_guards(y, update.u, update.added)
         check_near(y, *(reference.linear(own, weights) for own in (self.x, self.x.double())))
+        programs = (shares or Shares.of(batch, self.x.shape[1], RANK)).programs * len(self.names)
+        wanted = torch.full_like(update.ready, UNUSED)
+        # Of several rows x is counted too.
+        wanted[self.site], wanted[update.before] = programs + (batch > 1), 0
+        assert torch.equal(update.ready, wanted)
+        if seen is not None:
+            self.check_waits(seen, update, programs)
+            self.check_fetched(seen)
+        self.check_u(update.u)
+        self.check_added(update.added)
         return y, update
 
-    def check_untouched(self, u: Tensor) -> None:
+    def counts(self, member: int) -> list[int]:
+        """How many directions every row reads of a member."""
+        read = self.adapters.factors(self.uses, self.names[member], FP32)
+        return [len(own[0]) if weight else 0 for own, (_, _, weight) in zip(read, self.uses, strict=True)]
+
+    def check_waits(self, seen: Seen, update: Update, programs: int) -> None:
+        """For all of their row's u those that need any, and of several rows for x those that make it."""
+        batch, found = len(self.uses), set()
+        for address, count in seen.waits:
+            site, row = divmod((address - update.ready.data_ptr()) // 4, batch)
+            found.add((site, row, count))
+        several = batch > 1
+        some = [max(own) for own in zip(*(self.counts(member) for member in range(len(self.names))), strict=True)]
+        wanted = {(self.site, row, several + programs) for row in range(batch) if some[row]}
+        assert found == wanted | {(self.site, row, 1) for row in range(batch) if several}
+
+    def check_fetched(self, seen: Seen) -> None:
+        """The stretches of B' that are read, where they are whole units, once for each row; of several rows codes."""
+        wanted, arena, records = [], self.adapters.store.arena, self.reads.records
+        for row in range(len(self.uses)):
+            for member, name in enumerate(self.names):
+                record, own = records[row, self.site + member].tolist(), MODULES[name]
+                ends = [0, *record[ENDS : ENDS + 4]]
+                for f, bits in enumerate(BITS):
+                    size = own.columns * (torch.finfo(self.dtype).bits if bits >= 8 else bits) // 8
+                    first, stop = ends[f : f + 2]
+                    if stop == first or size % 16 or (bits >= 8 and len(self.uses) > 1):
+                        continue
+                    start = arena.data_ptr() + ALIGNMENT * record[STARTS_B + f]
+                    skipped = first - (record[FIRSTS + f - 1] if f else 0)
+                    for block in range(-(-own.outputs // own.columns)):
+                        wanted.append((start + (block * record[ROWS + f] + skipped) * size, (stop - first) * size))
+        assert sorted(seen.fetched) == sorted(wanted)
+
+    def check_u(self, u: Tensor) -> None:
+        """weight * scale * A'x; directions that a row does not read are as they were."""
         for member, name in enumerate(self.names):
-            counts = [len(own[0]) for own in self.adapters.factors(self.uses, name, FP32)]
-            for row, (count, (_, _, weight)) in enumerate(zip(counts, self.uses, strict=True)):
-                assert u[row, member, count if weight else 0 :].isnan().all()
+            counts = self.counts(member)
+            read = torch.arange(RANK, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
+            assert torch.equal(~u[:, member].isnan(), read)
+            wanted = {}
+            for dtype in (FP32, torch.float64):
+                x = self.x.to(dtype)
+                wanted[dtype] = torch.zeros(len(self.uses), RANK, dtype=dtype, device=self.device)
+                both = self.adapters.factors(self.uses, name, dtype if dtype != FP32 else self.dtype)
+                for row, count in enumerate(counts):
+                    if count:
+                        scales = self.adapters.scales(self.uses[row], name).to(dtype)
+                        wanted[dtype][row, :count] = both[row][0].to(dtype) @ x[row] * scales * self.uses[row][2]
+            check_near(u[:, member].nan_to_num(), *wanted.values())
 
-    def y(self) -> Tensor:
-        """[B, all outputs] of linears, as if a kernel had put them out."""
-        return self.drawn(len(self.uses), sum(self.outputs), dtype=FP32)
+    def check_added(self, added: Tensor) -> None:
+        """B'u; where a row reads no directions it is as it was."""
+        for member, own in enumerate(added.split(self.outputs, 1)):
+            read = torch.tensor(self.counts(member), device=self.device)[:, None] > 0
+            assert torch.equal(~own.isnan(), read.expand_as(own))
+            check_near(own.nan_to_num().contiguous(), *(self.updates(dtype)[member] for dtype in (FP32, torch.float64)))
 
-    def adapted(self, dtype: torch.dtype, y: Tensor) -> Tensor:
-        """y and what adapters add, normed and with biases, in PyTorch.
+    def updates(self, dtype: torch.dtype) -> list[Tensor]:
+        """What adapters add to every member, in PyTorch.
 
         In float64 factors are what codes and scales say, in float32 what they are in the model's dtype.
         """
         x = self.x.to(torch.promote_types(self.dtype, dtype))
         weight = torch.tensor([own[2] for own in self.uses], device=self.device)
         read = [self.adapters.factors(self.uses, name, x.dtype if dtype != FP32 else self.dtype) for name in self.names]
-        total = torch.cat([reference.updates(x, own, weight) for own in read], 1) + y
-        norm = {} if self.norm is None else {"squares": self.squares, "width": x.shape[1], "eps": EPS}
+        return [reference.updates(x, own, weight) for own in read]
+
+    def adapted(self, dtype: torch.dtype, y: Tensor) -> Tensor:
+        """y and what adapters add, normed and with biases, in PyTorch."""
+        total = torch.cat(self.updates(dtype), 1) + y
+        norm = {} if self.norm is None else {"squares": self.squares, "width": self.x.shape[1], "eps": EPS}
         return reference.settle(total, biases=self.biases, **norm)
 
 
 class ResidualCase(Group):
-    """The o projection, the residual, and the next norm."""
+    """The o or down projection, the residual, and the next norm."""
 
-    def __init__(self, adapters: Adapters, uses: list[Use], seed: int = 0):
-        super().__init__(adapters, OUT, uses, normed=False, seed=seed)
+    def __init__(self, adapters: Adapters, uses: list[Use], seed: int = 0, names: tuple[str, ...] = OUT):
+        super().__init__(adapters, names, uses, normed=False, seed=seed)
         self.r, self.weight = self.drawn(len(uses), HIDDEN, dtype=FP32), self.drawn(HIDDEN)
 
-    def outputs_of(self, programs: int) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs_of(self) -> tuple[Tensor, Tensor, Tensor]:
         """r, normed and squares that a kernel writes."""
-        normed = poisoned(len(self.uses), HIDDEN, device=self.device, dtype=self.dtype)
-        return guarded(self.r), normed, poisoned(len(self.uses), programs, device=self.device)
+        batch = len(self.uses)
+        normed = poisoned(batch, HIDDEN, device=self.device, dtype=self.dtype)
+        return guarded(self.r), normed, poisoned(batch, squares_of(batch, HIDDEN), device=self.device)
 
     def check(self, found: tuple[Tensor, Tensor, Tensor], y: Tensor) -> None:
         check_guards(*found)
@@ -257,96 +366,162 @@ class RotaryCase(Group):
 
 
 @pytest.mark.parametrize(
-    ("batch", "cut", "dtype"),
+    ("batch", "names", "shares", "cut", "dtype"),
     [
-        ("kinds", None, FP32),
-        ("kinds", Cut(3, 2, 4, 1, 1), BF16),
-        ("mixed", None, BF16),
-        ("mixed", Cut(3, 2, 4, 1, 1), FP32),
-        ("few bits", Cut(2, 4, 2, 2, 2), FP32),
-        ("exact", None, FP32),
+        ("kinds", OUT, None, None, FP32),
+        ("kinds", DOWN, Shares(3, 2, 32, 16), Cut(100, 2, 4), BF16),
+        ("mixed", OUT, None, None, BF16),
+        ("mixed", DOWN, Shares(5, 1, 16, 128), Cut(1, 4, 2), FP32),
+        ("few bits", OUT, Shares(1, 4, 64, 32), Cut(100, 1, 1), FP32),
+        ("exact", DOWN, None, None, FP32),
     ],
     ids=str,
 )
-def test_residual(batch, cut, dtype, stores):
-    case = ResidualCase(stores[dtype], BATCHES[batch])
-    update = case.shrink(None if cut is None else Shares(3, 2, 32, 16, 1))
-    programs = squares_of(len(case.uses), HIDDEN, COLUMNS) if cut is None else -(-HIDDEN // (cut.blocks * COLUMNS))
-    y, found = case.y(), case.outputs_of(programs)
-    add_residual(y, *found, case.weight, columns=COLUMNS, update=update, bias=case.biases[0], cut=cut)
+def test_residual(batch, names, shares, cut, dtype, stores):
+    case = ResidualCase(stores[dtype], BATCHES[batch], names=names)
+    (y, update), found = case.linear(shares, cut), case.outputs_of()
+    add_residual(y, *found, case.weight, update=update, bias=case.biases[0])
     case.check(found, y)
 
 
 @pytest.mark.parametrize(
-    ("batch", "cut", "dtype"),
-    [("kinds", None, FP32), ("mixed", Cut(2, 4, 2, 2, 2), FP32), ("few bits", Cut(3, 2, 4, 1, 1), BF16)],
+    ("batch", "shares", "cut", "dtype"),
+    [
+        ("kinds", Shares(1, 8, 64, 64), None, FP32),
+        ("mixed", Shares(2, 2, 128, 16), Cut(64, 2, 2), FP32),
+        ("few bits", None, Cut(200, 8, 1), BF16),
+    ],
     ids=str,
 )
-def test_gate_and_up(batch, cut, dtype, stores):
+def test_gate_and_up(batch, shares, cut, dtype, stores):
     case = GatedCase(stores[dtype], BATCHES[batch])
-    y, h = case.y(), case.inner()
-    update = case.shrink(Shares(1, 8, 64, 64, 2))
-    gate_up(y, h, columns=COLUMNS, update=update, norm=case.norm, biases=case.biases, cut=cut)
+    (y, update), h = case.linear(shares, cut), case.inner()
+    gate_up(y, h, update=update, norm=case.norm, biases=case.biases)
     case.check(h, y)
 
 
 @pytest.mark.parametrize(
-    ("batch", "norms", "cut", "dtype"),
-    [("kinds", True, None, FP32), ("mixed", False, Cut(1, 1, 4, 2, 1), FP32), ("mixed", True, None, BF16)],
+    ("batch", "norms", "shares", "cut", "dtype"),
+    [
+        ("kinds", True, Shares(2, 2, 128, 64), None, FP32),
+        ("mixed", False, Shares(3, 1, 32, 32), Cut(40, 1, 4), FP32),
+        ("mixed", True, None, None, BF16),
+        ("few bits", False, None, Cut(1, 2, 2), FP32),
+    ],
     ids=str,
 )
-def test_rotary(batch, norms, cut, dtype, stores):
+def test_rotary(batch, norms, shares, cut, dtype, stores):
     case = RotaryCase(stores[dtype], BATCHES[batch], [17, 1, 0, 33, 16][: len(BATCHES[batch])], norms=norms)
-    y, (query, pages) = case.y(), case.outputs_of()
-    update = case.shrink(Shares(2, 2, 128, 64, 1))
-    rotate(y, query, pages, case.heads, update=update, norm=case.norm, biases=case.biases, cut=cut)
+    (y, update), (query, pages) = case.linear(shares, cut), case.outputs_of()
+    rotate(y, query, pages, case.heads, update=update, norm=case.norm, biases=case.biases)
     case.check(query, pages, y)
 
 
 @pytest.mark.parametrize(
-    ("use", "dtype"),
-    [((2, 1, 0.8), FP32), ((0, 2, -1.1), FP32), ((1, 5, 1.0), BF16), ((-1, GARBAGE, 0.5), FP32), ((3, 3, 0.9), BF16)],
+    ("use", "cuts", "dtype"),
+    [
+        ((2, 1, 0.8), (), FP32),
+        ((0, 2, -1.1), (Shares(3, 2, 32, 16), Cut(64, 2, 4), Tiles(64, 32, 4, 1)), FP32),
+        ((0, 0, 0.9), (None, Cut(1, 4, 1), Tiles(128, 64, 4, 1)), FP32),
+        ((1, 5, 1.0), (), BF16),
+        ((2, 2, -0.7), (Shares(1, 4, 16, 128), Cut(100, 1, 2), None), BF16),
+        ((-1, GARBAGE, 0.5), (), FP32),
+        ((1, 2, 0.0), (), FP32),
+        ((3, 3, 0.9), (Shares(13, 1, 64, 64), None, None), BF16),
+    ],
     ids=str,
 )
-def test_one_row(use, dtype, stores):
-    """Linear and shrink of a batch of one are a single launch; all three consumers."""
-    residual = ResidualCase(stores[dtype], [use])
-    (y, update), found = residual.linear(), residual.outputs_of(squares_of(1, HIDDEN, COLUMNS))
-    add_residual(y, *found, residual.weight, columns=COLUMNS, update=update, bias=residual.biases[0])
+def test_one_row(use, cuts, dtype, stores):
+    """What adapters add to a batch of one is made in the linear's own launch, between weights or, of few, before them;
+    all three consumers."""
+    residual = ResidualCase(stores[dtype], [use], names=DOWN)
+    (y, update), found = residual.linear(*cuts), residual.outputs_of()
+    add_residual(y, *found, residual.weight, update=update, bias=residual.biases[0])
     residual.check(found, y)
     gated = GatedCase(stores[dtype], [use])
-    (y, update), h = gated.linear(), gated.inner()
-    gate_up(y, h, columns=COLUMNS, update=update, norm=gated.norm, biases=gated.biases)
+    (y, update), h = gated.linear(*cuts), gated.inner()
+    gate_up(y, h, update=update, norm=gated.norm, biases=gated.biases)
     gated.check(h, y)
     rotary = RotaryCase(stores[dtype], [use], [17])
-    (y, update), (query, pages) = rotary.linear(), rotary.outputs_of()
+    (y, update), (query, pages) = rotary.linear(*cuts), rotary.outputs_of()
     rotate(y, query, pages, rotary.heads, update=update, norm=rotary.norm, biases=rotary.biases)
     rotary.check(query, pages, y)
 
 
-@pytest.mark.parametrize("batch", ["mixed", "exact"])
-def test_a_linear_brings_what_adapters_make_of_its_input(batch, stores):
-    case = GatedCase(stores[FP32], BATCHES[batch])
-    y, update = case.linear()
-    assert torch.equal(update.u.nan_to_num(), case.shrink().u.nan_to_num())
-    h = case.inner()
-    gate_up(y, h, columns=COLUMNS, update=update, norm=case.norm, biases=case.biases)
-    case.check(h, y)
+WIDE = 300
+"""Channels of which a row takes several programs, the last one not whole."""
 
 
-def test_without_adapters(device):
-    """Nothing that says where any lie."""
-    random = torch.Generator().manual_seed(0)
-    y, r, norm_weight = (
-        guarded(torch.randn(*shape, generator=random).to(device)) for shape in ((1, 12), (1, 12), (12,))
-    )
-    found = guarded(r), poisoned(1, 12, device=device), poisoned(1, squares_of(1, 12, 12), device=device)
-    add_residual(y, *found, norm_weight, columns=12)
+class Told:
+    """What linears of `widths` put out, and an update whose records say of rows and members if there is any."""
+
+    def __init__(self, widths: list[int], batch: int, device: torch.device):
+        self.random, self.device = torch.Generator().manual_seed(batch), device
+        # A row reads one of three members at most: what is looked up for one is never right for another.
+        read = [[(row - member) % 3 == 0 for member in range(len(widths))] for row in range(batch)]
+        records = torch.full((batch, 1 + len(widths), RECORD), GARBAGE, dtype=torch.int32)
+        records[:, 1:, ENDS + 3] = torch.tensor(read).int() * RANK
+        there = torch.tensor(read).repeat_interleave(torch.tensor(widths), 1).to(device)
+        self.y = self.drawn(batch, sum(widths))
+        more = self.drawn(batch, sum(widths))
+        self.total = self.y.double() + more.where(there, 0)
+        added, nothing = guarded(more.where(there, torch.nan)), torch.empty(0, device=device)
+        reads = Reads(records.to(device), nothing, level_table(device, FP32))
+        self.update = Update(nothing, added, reads, 1, 4, nothing, 0)
+
+    def drawn(self, *shape: int) -> Tensor:
+        return guarded(torch.randn(*shape, generator=self.random).to(self.device))
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_residual_adds_what_records_tell_of(batch, adapted, device):
+    """Without an update nothing says where any adapters lie."""
+    told = Told([WIDE], batch, device)
+    r, weight = told.drawn(batch, WIDE), told.drawn(WIDE)
+    squares = poisoned(batch, squares_of(batch, WIDE), device=device)
+    found = guarded(r), poisoned(batch, WIDE, device=device), squares
+    assert squares.shape[1] > 1
+    add_residual(told.y, *found, weight, update=told.update if adapted else None)
     check_guards(*found)
-    wanted = reference.add_residual(y.double(), r, norm_weight, torch.float64)
-    near = reference.add_residual(y, r, norm_weight, FP32)
-    for own, close, true in zip((*found[:2], found[2].sum(1, keepdim=True)), near, wanted, strict=True):
-        check_near(own, close, true)
+    total = told.total if adapted else told.y.double()
+    truth = reference.add_residual(total, r, weight, torch.float64)
+    eager = reference.add_residual(total.float(), r, weight, FP32)
+    for own, near, true in zip((*found[:2], squares.sum(1, keepdim=True)), eager, truth, strict=True):
+        check_near(own, near, true)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_gate_and_up_add_what_records_tell_of(batch, adapted, device):
+    told = Told([WIDE, WIDE], batch, device)
+    h = poisoned(batch, WIDE, device=device)
+    gate_up(told.y, h, update=told.update if adapted else None)
+    check_guards(h)
+    total = told.total if adapted else told.y.double()
+    check_near(h, *(reference.gate_up(own, own.dtype) for own in (total.float(), total)))
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rotary_adds_what_records_tell_of(batch, adapted, device):
+    told = Told([HEADS * CHANNELS, CHANNELS, CHANNELS], batch, device)
+    angles = told.drawn(5, CHANNELS // 2)
+    heads = Heads(guarded(angles.cos()), guarded(angles.sin()))
+    lengths = torch.full((batch,), 5, dtype=torch.int32, device=device)
+    table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    query = poisoned(batch, HEADS, CHANNELS, device=device)
+    keys, values = (poisoned(batch, KV_HEADS, PAGE_TOKENS, CHANNELS, device=device) for _ in range(2))
+    pages = Pages(keys, values, table, lengths)
+    rotate(told.y, query, pages, heads, update=told.update if adapted else None)
+    check_guards(query, keys, values)
+    total = told.total if adapted else told.y.double()
+    eager, truth = (
+        reference.rotate(own, heads.cosine, heads.sine, lengths, (HEADS, KV_HEADS), own.dtype)
+        for own in (total.float(), total)
+    )
+    for own, near, true in zip((query, keys[:, :, 4], values[:, :, 4]), eager, truth, strict=True):
+        check_near(own, near, true)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -8,7 +8,6 @@ import struct
 import pytest
 import torch
 
-from runtime.ladder.formats import LEVELS
 from runtime.ops import packed
 
 
@@ -31,9 +30,9 @@ DOES = {
 }
 
 
-def executed(assembly: str, word: int, outputs: int) -> list[float]:
-    """The outputs $0, $1 and so on, float32, of a word that is what comes behind them."""
-    values = {f"${outputs}": word}
+def executed(assembly: str, outputs: int, given: dict[int, int]) -> list[float]:
+    """The outputs $0, $1 and so on, two bfloat16 values each, of what the operands behind them hold."""
+    values = {f"${number}": word for number, word in given.items()}
 
     def value(operand: str) -> int:
         return int(operand, 0) if re.fullmatch("0x[0-9a-f]+|[0-9]+", operand) else values[operand]
@@ -43,21 +42,29 @@ def executed(assembly: str, word: int, outputs: int) -> list[float]:
             continue
         name, _, rest = line.strip().partition(" ")
         target, *operands = (own.strip() for own in rest.split(","))
-        given = [value(own) for own in operands]
+        inputs = [value(own) for own in operands]
         if name == "lop3.b32":
-            a, b, c, table = given
+            a, b, c, table = inputs
             assert table == 0xF0 ^ (0xCC & 0xAA)
             values[target] = a ^ (b & c)
         else:
-            values[target] = DOES[name](*given)
-    return [struct.unpack("<f", struct.pack("<I", values[f"${number}"]))[0] for number in range(outputs)]
+            values[target] = DOES[name](*inputs)
+    words = torch.tensor([values[f"${number}"] for number in range(outputs)]).to(torch.uint32)
+    return words.view(torch.bfloat16).tolist()
 
 
-@pytest.mark.parametrize(("bits", "assembly"), [(4, packed._FOUR_BITS), (2, packed._TWO_BITS)])
-def test_every_code_is_read_as_its_level(bits, assembly):
+@pytest.mark.parametrize(("bits", "assembly", "first"), [(4, packed._FOUR_BITS, 20), (2, packed._TWO_BITS, 24)])
+def test_every_code_is_read_as_its_level(bits, assembly, first):
+    table = packed.level_table(torch.device("cpu"), torch.bfloat16)
+    levels = {4: table[:16], 2: table[16:20]}[bits]
     parts = 8 // bits
-    for first in range(256):
-        row = [(first + 67 * place) % 256 for place in range(4)]
-        found = executed(assembly.value, int.from_bytes(bytes(row), "little"), 4 * parts)
+    outputs = 2 * parts
+    given: dict[int, int] = {}
+    # Behind the bytes every word of levels is there four times, as a scalar is for four elements.
+    for number, word in enumerate(table[first : first + bits].view(torch.uint32).tolist()):
+        given |= dict.fromkeys(range(outputs + 1 + 4 * number, outputs + 5 + 4 * number), word)
+    for start in range(256):
+        row = [(start + 67 * place) % 256 for place in range(4)]
+        found = executed(assembly.value, outputs, given | {outputs: int.from_bytes(bytes(row), "little")})
         codes = torch.tensor(row) >> bits * torch.arange(parts)[:, None] & 2**bits - 1
-        torch.testing.assert_close(torch.tensor(found), LEVELS[bits][codes].flatten(), rtol=2**-15, atol=0)
+        assert found == levels[codes].flatten().tolist()

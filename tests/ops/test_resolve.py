@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.ladder.formats import CODED, LEVELS
-from runtime.ops.packed import ENDS, PARTS, STARTS_A, WEIGHT, level_table
+from runtime.ladder.formats import LEVELS
+from runtime.ops.packed import ENDS, PARTS, STARTS_A, STRETCH, WEIGHT, level_table
 from runtime.ops.reference import decode as reference
 from runtime.ops.resolve import Rows, Tables, reads_for, resolve
 
@@ -29,8 +29,9 @@ def test_records(modules, device):
     uses = [(4, 3, -0.5), (-1, GARBAGE, 0.5), (0, 0, 1.5), (2, 1, 0.0), (3, 2, 1.0)]
     slot, rung, weight = (torch.tensor(own, device=device) for own in zip(*uses, strict=True))
     rows = Rows(slot.int(), rung.int(), weight.float())
-    reads = reads_for(len(uses), modules, torch.empty(0, dtype=torch.uint8, device=device))
+    reads = reads_for(len(uses), modules, torch.empty(0, dtype=torch.uint8, device=device), torch.bfloat16)
     assert not reads.records.any()
+    assert torch.equal(reads.levels, level_table(device, torch.bfloat16))
     reads.records.fill_(UNUSED)
     resolve(reads, rows, tables)
     ends, parts = reference.resolve(rows.slot, rows.rung, rows.weight, tables.edges, tables.bank_of, tables.parts)
@@ -47,7 +48,13 @@ def test_records(modules, device):
             assert set(record[STARTS_A + PARTS :].tolist()) == {UNUSED}
 
 
-def test_levels_of_all_formats_lie_in_one_table(device):
-    found = level_table(device).cpu().split([256, 16, 4])
-    for bits, own in zip(CODED[::-1], found, strict=True):
-        assert torch.equal(own, LEVELS[bits])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_levels_lie_in_one_table(dtype, device):
+    """In float32 as they are; in bfloat16 stretched, and then nearly what they would be with more bits."""
+    found = level_table(device, dtype).cpu().split([16, 4, 6])
+    for bits, own, most in ((4, found[0], 0.0011), (2, found[1], 0.00003)):
+        if dtype == torch.float32:
+            assert torch.equal(own, LEVELS[bits])
+            continue
+        assert torch.equal(own.bfloat16().float(), own)
+        assert ((own / STRETCH[bits] / LEVELS[bits] - 1).abs() <= most).all()

@@ -23,7 +23,7 @@ def poison(serving, begun_lengths):
     """
     decoder, rows = serving.decoder, serving.rows
     b, scratch, pool = decoder.buffers, decoder._scratch, decoder.pool
-    found = [b.r, b.normed, b.squares, b.y, b.u, b.query, b.attended, b.inner, b.logits]
+    found = [b.r, b.normed, b.squares, b.y, b.added, b.u, b.query, b.attended, b.inner, b.logits]
     found += [scratch.found, scratch.scaled, scratch.noisy]
     if b.scratch is not None:
         found += [b.scratch.sums, b.scratch.softmax]
