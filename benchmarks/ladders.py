@@ -17,7 +17,7 @@ from runtime.engine.store import AdapterStore, Module, Table, packed_ladder
 from runtime.ladder import Directions, Ladder
 from runtime.ladder.banks import MIXED
 from runtime.ladder.formats import BITS, CODED, PLANES, Rows, wide_rows
-from runtime.ops.packed import ALIGNMENT, ROWS, STARTS_A, STARTS_B
+from runtime.ops.packed import ALIGNMENT, NUMBERS, ROWS, STARTS_A, STARTS_B
 from runtime.packing import packed_length
 
 RANK = 64
@@ -35,9 +35,11 @@ def read_bytes(modules: Collection[Module], dtype: torch.dtype) -> dict[int, int
     A' and B' share one float32 scale. What a rung costs by its ladder, and a policy by that, is `Ladder.rung_bytes`.
     """
     found = {}
-    for rung, (exact, eight, four, two) in MIX.items():
-        bits = (exact + eight) * torch.finfo(dtype).bits + 4 * four + 2 * two
-        found[rung] = sum(bits * (own.inputs + own.outputs) // 8 + 4 * (four + two) for own in modules)
+    value_bits = [torch.finfo(dtype).bits if bits in NUMBERS else bits for bits in BITS]
+    for rung, counts in MIX.items():
+        bits = sum(count * own for count, own in zip(counts, value_bits, strict=True))
+        scales = 4 * sum(counts[len(NUMBERS) :])
+        found[rung] = sum(bits * (own.inputs + own.outputs) // 8 + scales for own in modules)
     return found
 
 
@@ -96,7 +98,7 @@ def _coded(table: Table, modules: Mapping[str, Module], blob: Tensor) -> Tensor:
         widths = {STARTS_A: own.inputs, STARTS_B: -(-own.outputs // own.columns) * own.columns}
         for first, width in widths.items():
             for f, bits in enumerate(BITS):
-                if bits >= 8:
+                if bits in NUMBERS:
                     continue
                 start = row[first - STARTS_A + f] * ALIGNMENT
                 coded[start : start + row[ROWS - STARTS_A + f] * width * bits // 8] = True

@@ -71,8 +71,7 @@ class Forward:
     def _feed_forward(self, number: int, next_norm: Tensor) -> None:
         layer, b, s = self.model.layers[number], self.buffers, self.model.shape
         y, update = self._linears(b.normed, layer.gate_up, number, GATE_UP)
-        biases = layer.gate_up.biases
-        gate_up(y, b.inner, update=update, norm=b.norm(s.eps), biases=biases)
+        gate_up(y, b.inner, update=update, norm=b.norm(s.eps), biases=layer.gate_up.biases)
         self._add(b.inner, layer.down, number, DOWN, next_norm)
 
     def _add(self, x: Tensor, own: Linears, number: int, first: int, norm_weight: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..ladder import Ladder
 from ..ladder.formats import BITS, CODED, Rows
-from ..ops.packed import ALIGNMENT, FIRSTS, PARTS, ROWS, SCALES, STARTS_A, STARTS_B
+from ..ops.packed import ALIGNMENT, FIRSTS, NUMBERS, PARTS, ROWS, SCALES, STARTS_A, STARTS_B
 from ..ops.resolve import Tables
 from ..packing import pack
 from .free import Free
@@ -157,21 +157,22 @@ def packed_ladder(
                 pieces.append(_bytes(tensor))
                 length += len(pieces[-1])
 
-            scales = torch.zeros(2, directions, device=device)
+            scales = torch.zeros(len(BITS) - len(NUMBERS), directions, device=device)
             for f, (bits, (first, stop)) in enumerate(zip(BITS, ranges, strict=True)):
                 row[ROWS - STARTS_A + f] = stop - first
                 if stop == first:
                     continue
                 if f > 0:
                     row[FIRSTS - STARTS_A + f - 1] = first
-                if bits >= 8:
+                if bits in NUMBERS:
                     a, b = (half.read(first, stop, bits, dtype) for half in (own.a, own.b))
                     put(STARTS_A + f, a)
                     put(STARTS_B + f, _blocks(b, modules[name].columns))
                     continue
                 put(STARTS_A + f, pack(own.a.codes(first, stop, bits), bits))
                 put(STARTS_B + f, pack(_blocks(own.b.codes(first, stop, bits), modules[name].columns), bits))
-                scales[f - 2, first:stop] = _scales(own.a, bits)[first:stop] * _scales(own.b, bits)[first:stop]
+                both = _scales(own.a, bits)[first:stop] * _scales(own.b, bits)[first:stop]
+                scales[f - len(NUMBERS), first:stop] = both
             put(SCALES, scales)
             table[number, name] = row
     return table, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
@@ -229,9 +230,9 @@ def needed_bytes(
             for name, ranges in _formats(ladder, number).items():
                 own = modules[name]
                 outputs = -(-own.outputs // own.columns) * own.columns
-                sizes = [4 * 2 * directions]
+                sizes = [4 * (len(BITS) - len(NUMBERS)) * directions]
                 for bits, (first, stop) in zip(BITS, ranges, strict=True):
-                    value_bits = torch.finfo(dtype).bits if bits >= 8 else bits
+                    value_bits = torch.finfo(dtype).bits if bits in NUMBERS else bits
                     sizes += [(stop - first) * width * value_bits // 8 for width in (own.inputs, outputs)]
                 total += sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
     return total

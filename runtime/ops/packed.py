@@ -46,6 +46,9 @@ RECORD = 32
 """Numbers of a record, the last ones unused."""
 ENDS, WEIGHT, STARTS_A, STARTS_B, SCALES, ROWS, FIRSTS = 0, 4, 5, 9, 13, 14, 18
 """Where they are in a record."""
+NUMBERS = (16, 8)
+"""Bits of the formats, the first ones, whose values lie as numbers of the model's dtype; codes of the others have
+scales."""
 PARTS = 16
 """Numbers of a record that do not depend on the rung: from STARTS_A on."""
 

@@ -1,11 +1,17 @@
-"""Buffers that show where a kernel wrote, and how near to the truth is near enough."""
+"""Buffers that show where a kernel wrote, and when it read; and how near to the truth is near enough."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
+
+from runtime.ops.launch import INTERPRETED
 
 GUARD = 64
 TINY = 2.0**-20
@@ -21,6 +27,29 @@ def poisoned(*shape: int, device: torch.device, dtype: torch.dtype = torch.float
 def guarded(values: Tensor) -> Tensor:
     """The values, with NaN around them."""
     return poisoned(*values.shape, device=values.device, dtype=values.dtype).copy_(values)
+
+
+@contextmanager
+def arriving(modules: Sequence[ModuleType], *tensors: Tensor) -> Iterator[None]:
+    """In the interpreter, what the kernels before those of the modules write is something else until a program of
+    theirs waits: NaN, or one less."""
+    if not INTERPRETED:
+        yield
+        return
+    held = [(own, own.clone()) for own in tensors]
+    for own in tensors:
+        own.copy_(torch.full_like(own, torch.nan) if own.is_floating_point() else own - 1)
+
+    def wait(PDL: bool) -> None:
+        while held:
+            own, there = held.pop()
+            own.copy_(there)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "wait", wait)
+        yield
+    assert not held, "nobody has waited"
 
 
 def check_guards(*buffers: Tensor) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runtime.ops import linear as linears
 from runtime.ops.linear import Tiles, linear
 from runtime.ops.norm import Norm
 from runtime.ops.reference import decode as reference
-from tests.ops.near import check_guards, check_near, guarded, poisoned
+from tests.ops.near import arriving, check_guards, check_near, guarded, poisoned
 
 EPS = 0.1
 """As large as the mean square itself, so that it shows."""
@@ -35,7 +36,8 @@ def test_linears_that_share_their_input(inputs, sizes, normed, tiles, batch, dty
     squares = guarded(torch.rand(batch, 3, generator=random).to(device) * inputs / 15)
     y = poisoned(batch, sum(sizes), device=device)
     norm = Norm(squares, EPS, inputs) if normed else None
-    linear(x, tuple(weights), y, norm=norm, tiles=tiles)
+    with arriving([linears], x, squares):
+        linear(x, tuple(weights), y, norm=norm, tiles=tiles)
     check_guards(y)
     options = {"squares": squares if normed else None, "eps": EPS}
     truth = reference.linear(x.double(), weights, **options)
