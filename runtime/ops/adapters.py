@@ -3,8 +3,8 @@
     u = weight * scale * A'x      some programs (`shrink`), each of which then raises a number that belongs to the row
     B'u                           others (`expand`), which wait until that number says that all of the row's u is there
 
-Programs start in order, and none waits for one behind it, so whoever is waited for runs. Who consumes what the linears
-put out adds B'u to it (`settle`).
+Programs start in order, and none waits for one behind it, so whoever is waited for runs. While one waits the first
+directions that it is to read are on their way. Who consumes what the linears put out adds B'u to it (`settle`).
 
 Of one row these are programs of the linear's launch: the first make u, and those in the middle B'u, while the others
 read weights, so memory is never idle. Of more rows they are a launch of their own, which does not wait for the linear
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expand import Cut, await_count, expand_share
+from .expand import Cut, expand_share
 from .launch import dependent, release, wait
 from .packed import Reads
 from .shrink import Shares, shrink_share
@@ -49,8 +49,8 @@ class Update:
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        """A kernel's: added, u, four, ready, before, records, arena, levels, site."""
-        return self.added, self.u, 4, self.ready, self.before, *self.reads.tensors, self.site
+        """A kernel's: added, u, two, ready, before, records, arena, levels, site."""
+        return self.added, self.u, 2, self.ready, self.before, *self.reads.tensors, self.site
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ NO_WORK = Work(
     0, 0, {"Q": 4, "R": 1, "MEMBERS": 1, "M": 1, **Shares(1, 1, 4, 4).constants(), **Cut(4, 1, 1).constants(4)}
 )
 """What a kernel is given where there is no update."""
-_WARPS, _REGISTERS = 2, 128
+_WARPS, _REGISTERS = 2, 168
 """Of a program, and of a thread at most, in a launch of their own."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "before"])
 def _adapters(
-    x, added, u, four, ready, before, records, arena, levels, site, B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr,
+    x, added, u, two, ready, before, records, arena, levels, site, B: tl.constexpr, D: tl.constexpr, N0: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, SHRINKS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr,
     M: tl.constexpr, SHARES: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_BLOCK: tl.constexpr,
     SHRINK_WIDE: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, L: tl.constexpr,
@@ -95,17 +95,18 @@ def _adapters(
     release(PDL)
     program = tl.program_id(0)
     if program < SHRINKS:
-        await_count(ready + site * B + program // (MEMBERS * SHARES), 1)
         shrink_share(
-            x, u, four, ready, records, arena, levels, site, program, D, N0, N1, N2, Q, R, MEMBERS, SHARES, M, B,
+            x, u, two, ready, records, arena, levels, site, program, D, N0, N1, N2, Q, R, MEMBERS, SHARES, M, B,
             SHRINK_K, SHRINK_BLOCK, SHRINK_WIDE, False, PDL,
         )  # fmt: skip
     else:
         expand_share(
-            added, u, four, ready, records, arena, levels, site, program - SHRINKS, 1 + MEMBERS * SHARES,
+            added, u, two, ready, records, arena, levels, site, program - SHRINKS, 1 + MEMBERS * SHARES,
             x.dtype.element_ty, N0, N1, N2, R, MEMBERS, M, B, QUARTER, K, WIDE, L, LANES,
         )  # fmt: skip
-    wait(PDL)
+    # One is enough, and all of them would keep others from their places until the linear has ended.
+    if program == 0:
+        wait(PDL)
 
 
 def add_beside(x: Tensor, update: Update, sizes: list[int], work: Work) -> None:

@@ -16,16 +16,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from .launch import await_count
 from .packed import ends_of, four_bits, record_of, rows_of_b, two_bits
-
-
-@triton.jit
-def await_count(number, COUNT: tl.constexpr):
-    """Until a number in memory is so high. One thread looks for all, and only the last look empties the first cache."""
-    while tl.atomic_add(number, 0, sem="relaxed") < COUNT:
-        pass
-    while tl.atomic_add(number, 0, sem="acquire") < COUNT:
-        pass
 
 
 @triton.jit
@@ -53,77 +45,87 @@ def _add_wide(
 
 
 @triton.jit
-def _four_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
-    """Bytes at 4 bits: of the first and third quarter, and of the second and last."""
+def _tile(rows, at, direction, end, real, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
+    """Codes of directions [K] at places `at` of a quarter: those of the first of QUARTERS, and those of the last."""
     mask = (direction < end)[:, None] & real[None, :]
-    place = base + (direction[:, None] * (2 * QUARTER) + at[None, :])
-    return tl.load(place, mask=mask, other=0), tl.load(place + QUARTER, mask=mask, other=0)
-
-
-@triton.jit
-def _two_tile(base, at, direction, end, real, QUARTER: tl.constexpr):
-    """Bytes at 2 bits, of all quarters."""
-    mask = (direction < end)[:, None] & real[None, :]
-    return tl.load(base + (direction[:, None] * QUARTER + at[None, :]), mask=mask, other=0)
+    place = rows + (direction[:, None] * (QUARTERS * QUARTER) + at[None, :])
+    first = tl.load(place, mask=mask, other=0)
+    last = first
+    if QUARTERS > 1:
+        last = tl.load(place + QUARTER, mask=mask, other=0)
+    return first, last
 
 
 @triton.jit
 def _plus(a0, a1, a2, a3, factor, v0, v1, v2, v3):
     """Four sums and a tile of values by their factor [K]."""
     factor = factor[:, None]
-    a0 += factor * v0.to(tl.float32)
-    a1 += factor * v1.to(tl.float32)
-    a2 += factor * v2.to(tl.float32)
-    a3 += factor * v3.to(tl.float32)
+    a0 += factor * v0
+    a1 += factor * v1
+    a2 += factor * v2
+    a3 += factor * v3
     return a0, a1, a2, a3
 
 
 @triton.jit
+def _rows(arena, record, block, inner, FORMAT: tl.constexpr, BYTES: tl.constexpr, UNIT: tl.constexpr):
+    """Pointer to codes in units of UNIT bytes, and where places `inner` of blocks number `block` are from there."""
+    base, stride = rows_of_b(arena, record, FORMAT, BYTES)
+    if UNIT == 4:
+        base = base.to(tl.pointer_type(tl.int32))
+    return base, block * (stride // UNIT) + inner
+
+
+@triton.jit
 def _coded(
-    u, record, arena, levels, block, inner, real, KIND: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr,
-    L: tl.constexpr,
+    u, two, ready, record, arena, levels, first, outputs, KIND: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr,
+    L: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Four sums [L] over directions at 4 and 2 bits, at places `inner` of blocks number `block` [L]."""
+    """Four sums [L] over directions at 4 and 2 bits, at blocks from `first` on.
+
+    Codes come four bytes at a time where quarters are whole pairs of words. `two` is 2: a number that the compiler does
+    not know, so that a thread takes two words of several directions, and not four of one, and has less to share with
+    others when directions are summed. The first codes are on their way before u is there.
+    """
     _, end8, end4, end2 = ends_of(record)
+    UNIT: tl.constexpr = 4 if QUARTER % 8 == 0 else 1
+    SIZE: tl.constexpr = QUARTER // UNIT
+    lane = tl.arange(0, L // UNIT)
+    if UNIT == 4:
+        lane = lane // 2 * two + lane % 2
+    block = lane // SIZE
+    real = (block < BLOCKS) & ((block + first) * (4 * QUARTER) < outputs)
+    block += first
+    inner = lane % SIZE
+    if UNIT == 4:
+        inner = tl.multiple_of(inner, 2)
     k = tl.arange(0, K)
     a0 = tl.zeros([K, L], tl.float32)
     a1 = a0
     a2 = a0
     a3 = a0
     # Of each tile the next is on its way while it is looked up.
-    base, stride = rows_of_b(arena, record, 2, 2 * QUARTER)
-    at = block * stride + inner
-    low, high = _four_tile(base, at, end8 + k, end4, real, QUARTER)
+    rows4, at4 = _rows(arena, record, block, inner, 2, 2 * QUARTER, UNIT)
+    low, high = _tile(rows4, at4, end8 + k, end4, real, SIZE, 2)
+    rows2, at2 = _rows(arena, record, block, inner, 3, QUARTER, UNIT)
+    codes, _ = _tile(rows2, at2, end4 + k, end2, real, SIZE, 1)
+    if end8 == 0:
+        await_count(ready, COUNT)
+    factor = _factor(u, end8 + k, end4)
     for start in range(end8, end4, K):
-        low_ahead, high_ahead = _four_tile(base, at, start + K + k, end4, real, QUARTER)
+        low_ahead, high_ahead = _tile(rows4, at4, start + K + k, end4, real, SIZE, 2)
+        factor_ahead = _factor(u, start + K + k, end4)
         v0, v1, v2, v3 = four_bits(low, high, levels, KIND)
-        a0, a1, a2, a3 = _plus(a0, a1, a2, a3, _factor(u, start + k, end4), v0, v1, v2, v3)
-        low, high = low_ahead, high_ahead
-    base, stride = rows_of_b(arena, record, 3, QUARTER)
-    at = block * stride + inner
-    byte = _two_tile(base, at, end4 + k, end2, real, QUARTER)
+        a0, a1, a2, a3 = _plus(a0, a1, a2, a3, factor, v0, v1, v2, v3)
+        low, high, factor = low_ahead, high_ahead, factor_ahead
+    factor = _factor(u, end4 + k, end2)
     for start in range(end4, end2, K):
-        ahead = _two_tile(base, at, start + K + k, end2, real, QUARTER)
-        v0, v1, v2, v3 = two_bits(byte, levels, KIND)
-        a0, a1, a2, a3 = _plus(a0, a1, a2, a3, _factor(u, start + k, end2), v0, v1, v2, v3)
-        byte = ahead
+        codes_ahead, _ = _tile(rows2, at2, start + K + k, end2, real, SIZE, 1)
+        factor_ahead = _factor(u, start + K + k, end2)
+        v0, v1, v2, v3 = two_bits(codes, levels, KIND)
+        a0, a1, a2, a3 = _plus(a0, a1, a2, a3, factor, v0, v1, v2, v3)
+        codes, factor = codes_ahead, factor_ahead
     return tl.sum(a0, axis=0), tl.sum(a1, axis=0), tl.sum(a2, axis=0), tl.sum(a3, axis=0)
-
-
-@triton.jit
-def _lanes(four, QUARTER: tl.constexpr, L: tl.constexpr):
-    """Of L lanes the number of their block among a program's, and their place in a quarter of it.
-
-    `four` is 4: a number that the compiler does not know, so that a thread takes four columns of several directions,
-    and not sixteen of one, and has less to share with others when directions are summed.
-    """
-    lane = tl.arange(0, L)
-    if QUARTER % 4 == 0:
-        group = lane // 4
-        inner = tl.multiple_of(group % (QUARTER // 4) * four + lane % 4, 4)
-        return group // (QUARTER // 4), inner
-    else:
-        return lane // QUARTER, lane % QUARTER
 
 
 @triton.jit
@@ -136,7 +138,7 @@ def _store_quarter(out, column, stop, value, real, there):
 
 @triton.jit
 def expand_share(
-    added, u, four, ready, records, arena, levels, site, program, COUNT: tl.constexpr, KIND: tl.constexpr,
+    added, u, two, ready, records, arena, levels, site, program, COUNT: tl.constexpr, KIND: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, M: tl.constexpr,
     B: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -158,8 +160,9 @@ def expand_share(
     end16, end8, _, end2 = ends_of(record)
     if end2 > 0:
         u += (row * MEMBERS + member) * R
-        await_count(ready + site * B + row, COUNT)
+        ready += site * B + row
         if end8 > 0:
+            await_count(ready, COUNT)
             column = group * WIDTH + tl.arange(0, 4 * L)
             real = column < tl.minimum((group + 1) * WIDTH, outputs)
             sums = tl.zeros([WIDE, 4 * L], tl.float32)
@@ -169,12 +172,12 @@ def expand_share(
         if end2 > end8:
             # What other threads of this program have stored can be read now.
             tl.debug_barrier()
-            block, inner = _lanes(four, QUARTER, L)
-            real = block < BLOCKS
-            block += group * BLOCKS
-            column = block * (4 * QUARTER) + inner
-            real = real & (column < outputs)
-            y0, y1, y2, y3 = _coded(u, record, arena, levels, block, inner, real, KIND, QUARTER, K, L)
+            lane = tl.arange(0, L)
+            column = (group * BLOCKS + lane // QUARTER) * (4 * QUARTER) + lane % QUARTER
+            real = (lane < LANES) & (column < outputs)
+            y0, y1, y2, y3 = _coded(
+                u, two, ready, record, arena, levels, group * BLOCKS, outputs, KIND, QUARTER, K, L, BLOCKS, COUNT
+            )  # fmt: skip
             there = end8 > 0
             _store_quarter(added, column, outputs, y0, real, there)
             _store_quarter(added, column + QUARTER, outputs, y1, real, there)
@@ -196,7 +199,7 @@ class Cut:
     @classmethod
     def of(cls, batch: int) -> Cut:
         """The best found."""
-        return cls(128, 16, 16) if batch == 1 else cls(512, 4, 4)
+        return cls(64, 32, 32) if batch == 1 else cls(512, 8, 4)
 
     def blocks(self, columns: int) -> int:
         """Of a program, where they have so many columns."""

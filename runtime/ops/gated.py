@@ -15,7 +15,7 @@ from .norm import Norm, rstd_of
 from .settle import adds, arguments, columns_of, settled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _gated(
     y, squares, bias, bias_up, h, added, records, site, F: tl.constexpr, C: tl.constexpr, IN: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,

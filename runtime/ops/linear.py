@@ -45,20 +45,22 @@ class Tiles:
             # Programs of fewer threads may have more registers, which those that make B'u need.
             columns, warps = (2048, 4) if adapters else (1024, 8)
             return cls(1, min(columns, triton.next_power_of_2(inputs)), warps, 1)
-        step = (_SIDE + max(16, triton.next_power_of_2(batch))) * itemsize
-        columns = 256
+        # Larger programs are fewer, and leave room for those that make B'u beside them.
+        large = adapters and batch >= 16 and outputs >= 64 * _LARGE_SIDE
+        side, columns = (_LARGE_SIDE, 128) if large else (_SIDE, 256)
+        step = (side + max(16, triton.next_power_of_2(batch))) * itemsize
         while columns > 32 and 2 * columns * step > _SHARED_BYTES:
             columns //= 2
         # Few programs: the steps of each must be deeper in flight.
         stages = 5 if outputs <= 132 * _SIDE else 3
-        return cls(_SIDE, columns, 4, min(stages, _SHARED_BYTES // (columns * step)))
+        return cls(side, columns, 4, min(stages, _SHARED_BYTES // (columns * step)))
 
 
 _REGISTERS = 64
 """Of a thread, where a launch makes B'u as well, so that as many programs read weights as without."""
-_AHEAD = 0.5
+_AHEAD = 0.4
 """Of the weights' programs, that start before those that make B'u: by then u is there."""
-_SIDE = 32
+_SIDE, _LARGE_SIDE = 32, 128
 """Rows of a weight per program that multiplies them with a batch."""
 _SHARED_BYTES = 200 * 1024
 """Shared memory that a program's steps in flight may take."""
@@ -144,9 +146,9 @@ def _weights(
         _matrix(x, w, y, squares, block, offset, outputs, TOTAL, B, D, NORM, BLOCKS, PADDED, EPS, BATCH, N, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "before"])
 def _linear(
-    x, squares, w0, w1, w2, y, added, u, four, ready, before, records, arena, levels, site, B: tl.constexpr,
+    x, squares, w0, w1, w2, y, added, u, two, ready, before, records, arena, levels, site, B: tl.constexpr,
     D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NORM: tl.constexpr, IN: tl.constexpr,
     BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr, BATCH: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, LORA: tl.constexpr, SHRINKS: tl.constexpr, AHEAD: tl.constexpr, EXPANDS: tl.constexpr,
@@ -160,12 +162,12 @@ def _linear(
     LATE: tl.constexpr = SHRINKS + AHEAD
     if SHRINKS > 0 and program < SHRINKS:
         shrink_share(
-            x, u, four, ready, records, arena, levels, site, program, D, N0, N1, N2, Q, R, MEMBERS, SHARES, M, B,
+            x, u, two, ready, records, arena, levels, site, program, D, N0, N1, N2, Q, R, MEMBERS, SHARES, M, B,
             SHRINK_K, SHRINK_BLOCK, SHRINK_WIDE, True, PDL,
         )  # fmt: skip
     elif EXPANDS > 0 and (program >= LATE) & (program < LATE + EXPANDS):
         expand_share(
-            added, u, four, ready, records, arena, levels, site, program - LATE, MEMBERS * SHARES, x.dtype.element_ty,
+            added, u, two, ready, records, arena, levels, site, program - LATE, MEMBERS * SHARES, x.dtype.element_ty,
             N0, N1, N2, R, MEMBERS, M, B, QUARTER, K, WIDE, L, LANES,
         )  # fmt: skip
     else:
@@ -198,7 +200,7 @@ def linear(
     padded = [*weights, *[weights[0]] * (3 - len(weights))]
     norms, constants = Norm.arguments(norm, x)
     blocks = sum(triton.cdiv(size, tiles.outputs) for size in sizes)
-    adapters: tuple[Any, ...] = (x, x, 4, x, 0, *(x,) * 3, 0)
+    adapters: tuple[Any, ...] = (x, x, 2, x, 0, *(x,) * 3, 0)
     work = inside = NO_WORK
     if update is not None:
         adapters, work = update.tensors, Work.of(update, inputs, sizes, shares, cut)
@@ -207,8 +209,8 @@ def linear(
     _linear[(inside.shrinks + inside.expands + blocks,)](
         x, norms, *padded, y, *adapters, B=batch, D=inputs, N0=sizes[0], N1=sizes[1], N2=sizes[2],
         BATCH=max(16, triton.next_power_of_2(batch)), N=tiles.outputs, BLOCK=tiles.inputs, LORA=update is not None,
-        SHRINKS=inside.shrinks, AHEAD=int(_AHEAD * blocks), EXPANDS=inside.expands, **inside.constants,
-        num_warps=tiles.warps, num_stages=tiles.stages, **constants, **limit, **dependent(x.device),
+        SHRINKS=inside.shrinks, AHEAD=int(_AHEAD * blocks) if inside.expands else 0, EXPANDS=inside.expands,
+        **inside.constants, num_warps=tiles.warps, num_stages=tiles.stages, **constants, **limit, **dependent(x.device),
     )  # fmt: skip
     if update is not None and batch > 1:
         add_beside(x, update, sizes, work)

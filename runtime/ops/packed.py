@@ -66,6 +66,7 @@ STRETCH = {4: 1.9619140625, 2: 1.6904296875}
 """What levels in bfloat16 are multiplied by: of the 1,024 factors from 1 to 2 that with the smallest largest error."""
 _AGAIN_FOUR: tl.constexpr = tl.constexpr(STRETCH[4] ** -2)
 _AGAIN_TWO: tl.constexpr = tl.constexpr(STRETCH[2] ** -2)
+_UPPER: tl.constexpr = tl.constexpr(-65536)
 _WORDS_FOUR: tl.constexpr = tl.constexpr(20)
 _WORDS_TWO: tl.constexpr = tl.constexpr(24)
 
@@ -80,14 +81,14 @@ def _assembly(*body: str) -> str:
 
 
 def _four_bits() -> str:
-    """PTX: four bytes in $4, and the high bytes ($5, $9) and low bytes ($13, $17) of eight levels -> two registers of
+    """PTX: four bytes in $4, and the high bytes ($5, $6) and low bytes ($7, $8) of eight levels -> two registers of
     what low nibbles are read as, and two of the high ones. A nibble's highest bit is the sign."""
     lines = ["and.b32 w, $4, 0x77777777;"]
     for half, (chosen, signs) in enumerate((("w", "$4"), ("m", "t"))):
         if half:
             lines.append("shr.u32 m, w, 16; shr.u32 t, $4, 16;")
         lines += [
-            f"prmt.b32 h, $5, $9, {chosen}; prmt.b32 l, $13, $17, {chosen};",
+            f"prmt.b32 h, $5, $6, {chosen}; prmt.b32 l, $7, $8, {chosen};",
             # 0xff where the sign is repeated, else 0x80; of that the highest bit but one.
             f"prmt.b32 s, 0x80808080, 0x80808080, {signs}; shl.b32 s, s, 1;",
             "lop3.b32 h, h, s, 0x80808080, 0x78;",  # h ^ (s & 0x80...)
@@ -97,7 +98,7 @@ def _four_bits() -> str:
 
 
 def _two_bits() -> str:
-    """PTX: four bytes in $8, and the high ($9) and low ($13) bytes of four levels -> two registers each of what the
+    """PTX: four bytes in $8, and the high ($9) and low ($10) bytes of four levels -> two registers each of what the
     lowest two bits are read as, the next, and so on."""
     lines = ["and.b32 w, $8, 0x33333333; shr.u32 v, $8, 2; and.b32 v, v, 0x33333333;"]
     for half in (0, 1):
@@ -106,7 +107,7 @@ def _two_bits() -> str:
                 lines.append(f"shr.u32 m, {word}, 16;")
             chosen = "m" if half else word
             lines += [
-                f"prmt.b32 h, $9, $9, {chosen}; prmt.b32 l, $13, $13, {chosen};",
+                f"prmt.b32 h, $9, $9, {chosen}; prmt.b32 l, $10, $10, {chosen};",
                 _INTERLEAVED.format(first=2 * place + half, second=2 * (place + 2) + half),
             ]
     return _assembly(*lines)
@@ -114,8 +115,8 @@ def _two_bits() -> str:
 
 _FOUR_BITS: tl.constexpr = tl.constexpr(_four_bits())
 _TWO_BITS: tl.constexpr = tl.constexpr(_two_bits())
-_FOUR_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 17))
-_TWO_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 9))
+_FOUR_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 5))
+_TWO_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 3))
 
 
 @dataclass(frozen=True)
@@ -178,44 +179,80 @@ def _word(levels, AT: tl.constexpr):
 
 
 @triton.jit
+def _columns(a, b, c, d):
+    """[K, W] of every fourth column, from the first, second, third and last on -> [K, 4 W]."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4 * a.shape[1]])
+
+
+@triton.jit
+def _pairs(first, second):
+    """Two words [K, W] of two bfloat16 each, of columns one and two and of three and four -> [K, 4 W] float32."""
+    return _columns(
+        (first << 16).to(tl.float32, bitcast=True), (first & _UPPER).to(tl.float32, bitcast=True),
+        (second << 16).to(tl.float32, bitcast=True), (second & _UPPER).to(tl.float32, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def _bytes_of(codes):
+    """What is in words, byte by byte; else codes are bytes."""
+    if codes.dtype == tl.int32:
+        return _columns(codes & 255, (codes >> 8) & 255, (codes >> 16) & 255, (codes >> 24) & 255)
+    else:
+        return codes.to(tl.int32)
+
+
+@triton.jit
 def four_bits(low, high, levels, KIND: tl.constexpr):
-    """Values of the four quarters: `low` are the bytes of the first and third, `high` those of the second and last."""
-    if not INTERPRETED and KIND.is_bf16():
+    """Values [K, L] float32 of the four quarters, from bytes [K, L] or from words [K, L / 4] of four: `low` are those
+    of the first and third, `high` those of the second and last."""
+    if not INTERPRETED and KIND.is_bf16() and low.dtype == tl.int32:
         h0 = _word(levels, _WORDS_FOUR)
         h1 = _word(levels, _WORDS_FOUR + 1)
         l0 = _word(levels, _WORDS_FOUR + 2)
         l1 = _word(levels, _WORDS_FOUR + 3)
-        v0, v2 = tl.inline_asm_elementwise(
-            _FOUR_BITS, _FOUR_OPERANDS, [low, h0, h1, l0, l1], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        a0, a1, a2, a3 = tl.inline_asm_elementwise(
+            _FOUR_BITS, _FOUR_OPERANDS, [low, h0, h1, l0, l1], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
         )  # fmt: skip
-        v1, v3 = tl.inline_asm_elementwise(
-            _FOUR_BITS, _FOUR_OPERANDS, [high, h0, h1, l0, l1], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            _FOUR_BITS, _FOUR_OPERANDS, [high, h0, h1, l0, l1], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
         )  # fmt: skip
+        v0 = _pairs(a0, a1)
+        v1 = _pairs(b0, b1)
+        v2 = _pairs(a2, a3)
+        v3 = _pairs(b2, b3)
     else:
-        low = low.to(tl.int32)
-        high = high.to(tl.int32)
-        v0 = tl.load(levels + (low & 15)).to(KIND)
-        v1 = tl.load(levels + (high & 15)).to(KIND)
-        v2 = tl.load(levels + (low >> 4)).to(KIND)
-        v3 = tl.load(levels + (high >> 4)).to(KIND)
+        low = _bytes_of(low)
+        high = _bytes_of(high)
+        v0 = tl.load(levels + (low & 15))
+        v1 = tl.load(levels + (high & 15))
+        v2 = tl.load(levels + (low >> 4))
+        v3 = tl.load(levels + (high >> 4))
     return v0, v1, v2, v3
 
 
 @triton.jit
-def two_bits(byte, levels, KIND: tl.constexpr):
-    """Values of the four quarters."""
-    if not INTERPRETED and KIND.is_bf16():
-        v0, v1, v2, v3 = tl.inline_asm_elementwise(
-            _TWO_BITS, _TWO_OPERANDS, [byte, _word(levels, _WORDS_TWO), _word(levels, _WORDS_TWO + 1)],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+def two_bits(codes, levels, KIND: tl.constexpr):
+    """The same from bytes or words of all four quarters."""
+    if not INTERPRETED and KIND.is_bf16() and codes.dtype == tl.int32:
+        a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
+            _TWO_BITS, _TWO_OPERANDS, [codes, _word(levels, _WORDS_TWO), _word(levels, _WORDS_TWO + 1)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
+            pack=1,
         )  # fmt: skip
+        v0 = _pairs(a0, a1)
+        v1 = _pairs(b0, b1)
+        v2 = _pairs(c0, c1)
+        v3 = _pairs(d0, d1)
     else:
         levels += _TWO
-        byte = byte.to(tl.int32)
-        v0 = tl.load(levels + (byte & 3)).to(KIND)
-        v1 = tl.load(levels + ((byte >> 2) & 3)).to(KIND)
-        v2 = tl.load(levels + ((byte >> 4) & 3)).to(KIND)
-        v3 = tl.load(levels + (byte >> 6)).to(KIND)
+        codes = _bytes_of(codes)
+        v0 = tl.load(levels + (codes & 3))
+        v1 = tl.load(levels + ((codes >> 2) & 3))
+        v2 = tl.load(levels + ((codes >> 4) & 3))
+        v3 = tl.load(levels + (codes >> 6))
     return v0, v1, v2, v3
 
 

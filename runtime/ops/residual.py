@@ -17,7 +17,7 @@ from .launch import dependent, release, wait
 from .settle import adds, arguments, columns_of, settled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _residual(
     y, bias, r, normed, squares, weight, added, records, site, D: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
     M: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,

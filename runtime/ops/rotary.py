@@ -50,7 +50,7 @@ class Heads:
     eps: float = 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _rotary(
     y, squares, bias_q, bias_k, bias_v, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages,
     added, records, site,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import wait
+from .launch import await_count, wait
 from .packed import (
     FIRSTS,
     STARTS_A,
@@ -37,13 +37,25 @@ _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
 
 
 @triton.jit
-def _wide_sum(x, rows, direction, stop, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
+def _await_x(ready, first, WAIT: tl.constexpr, PDL: tl.constexpr):
+    """x is there when the kernel before has ended, or when the linear beside counts the row; asked once a program."""
+    if WAIT:
+        wait(PDL)
+    elif first:
+        await_count(ready, 1)
+
+
+@triton.jit
+def _wide_sum(
+    x, ready, rows, direction, stop, early, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """[K] float32: rows of numbers [., D] at `direction` [K], those below `stop`, times x [D]."""
     column = tl.arange(0, BLOCK)
     row = rows + direction[:, None] * D
     there = (direction < stop)[:, None]
     own = tl.load(row + column[None, :], mask=there & (column < D)[None, :], other=0.0)
-    wait(WAIT)
+    _await_x(ready, early, WAIT, PDL)
     total = tl.zeros([K, BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         at = start + column
@@ -61,91 +73,102 @@ def _input(x, at, mask):
 
 
 @triton.jit
+def _tile(rows, at, mask, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
+    """Codes at `at` of the first of QUARTERS, and those of the last."""
+    first = tl.load(rows + at, mask=mask, other=0)
+    last = first
+    if QUARTERS > 1:
+        last = tl.load(rows + QUARTER + at, mask=mask, other=0)
+    return first, last
+
+
+@triton.jit
 def _coded_sum(
-    x, four, rows, levels, direction, stop, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    WAIT: tl.constexpr,
+    x, two, ready, rows, levels, direction, stop, early, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """[K] float32: packed rows at `direction` [K], those below `stop`, times x [D]; scales are left out.
 
-    rows points to direction 0.
-    `four` is 4: a number that the compiler does not know, so that a thread reads four bytes of several directions, for
-    which it needs the same of x, and not sixteen of one.
+    rows points to direction 0. Codes come four bytes at a time where quarters are whole pairs of words. `two` is 2: a
+    number that the compiler does not know, so that a thread reads two words of several directions, for which it needs
+    the same of x, and not four of one.
     """
     QUARTER: tl.constexpr = D // 4
-    lane = tl.arange(0, BLOCK)
-    column = tl.multiple_of(lane // 4 * four + lane % 4, 4)
+    UNIT: tl.constexpr = 4 if QUARTER % 8 == 0 and BLOCK >= 8 else 1
+    SIZE: tl.constexpr = QUARTER // UNIT
+    QUARTERS: tl.constexpr = 2 if FORMAT == 2 else 1
+    if UNIT == 4:
+        rows = rows.to(tl.pointer_type(tl.int32))
+    lane = tl.arange(0, BLOCK // UNIT)
+    column = tl.arange(0, BLOCK)
+    if UNIT == 4:
+        lane = tl.multiple_of(lane // 2 * two + lane % 2, 2)
+        column = tl.multiple_of(column // 8 * (4 * two) + column % 8, 8)
     there = (direction < stop)[:, None]
-    at = rows + direction[:, None] * (D >> (FORMAT - 1)) + column[None, :]
-    low, high = _bytes(at, there & (column < QUARTER)[None, :], FORMAT, QUARTER)
-    wait(WAIT)
+    at = direction[:, None] * (QUARTERS * SIZE) + lane[None, :]
+    low, high = _tile(rows, at, there & (lane < SIZE)[None, :], SIZE, QUARTERS)
+    _await_x(ready, early, WAIT, PDL)
     total = tl.zeros([K, BLOCK], tl.float32)
     for start in range(0, QUARTER, BLOCK):
-        place = start + column
-        real = place < QUARTER
-        # Bytes of the next step are on their way while these are looked up.
-        at += BLOCK
-        low_ahead, high_ahead = _bytes(at, there & (place + BLOCK < QUARTER)[None, :], FORMAT, QUARTER)
+        # Codes of the next step are on their way while these are looked up.
+        at += BLOCK // UNIT
+        ahead = start // UNIT + BLOCK // UNIT + lane < SIZE
+        low_ahead, high_ahead = _tile(rows, at, there & ahead[None, :], SIZE, QUARTERS)
         if FORMAT == 2:
             v0, v1, v2, v3 = four_bits(low, high, levels, x.dtype.element_ty)
         else:
             v0, v1, v2, v3 = two_bits(low, levels, x.dtype.element_ty)
-        # Where a mask cut bytes off x is 0 too, or nothing is stored.
-        total += v0.to(tl.float32) * _input(x, place, real)
-        total += v1.to(tl.float32) * _input(x, QUARTER + place, real)
-        total += v2.to(tl.float32) * _input(x, 2 * QUARTER + place, real)
-        total += v3.to(tl.float32) * _input(x, 3 * QUARTER + place, real)
+        # Where a mask cut codes off x is 0 too, or nothing is stored.
+        place = start + column
+        real = place < QUARTER
+        total += v0 * _input(x, place, real)
+        total += v1 * _input(x, QUARTER + place, real)
+        total += v2 * _input(x, 2 * QUARTER + place, real)
+        total += v3 * _input(x, 3 * QUARTER + place, real)
         low = low_ahead
         high = high_ahead
     return tl.sum(total, axis=1)
 
 
 @triton.jit
-def _bytes(at, mask, FORMAT: tl.constexpr, QUARTER: tl.constexpr):
-    """What lies at `at`: at 4 bits of the first and of the second quarter, at 2 bits of all."""
-    low = tl.load(at, mask=mask, other=0)
-    high = low
-    if FORMAT == 2:
-        high = tl.load(at + QUARTER, mask=mask, other=0)
-    return low, high
-
-
-@triton.jit
 def _coded_unit(
-    x, u, four, arena, record, levels, first, stop, weight, FORMAT: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr,
+    x, u, two, ready, arena, record, levels, first, stop, weight, early, FORMAT: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """K directions from `first` on, those below `stop`; FORMAT 2, 3: at 4, 2 bits."""
     rows = part(arena, record, _STARTS + FORMAT) - number(record, _FIRSTS + FORMAT - 1) * (D >> (FORMAT - 1))
     direction = first + tl.arange(0, K)
     inside = direction < stop
     scale = row_scales(arena, record, direction, inside, FORMAT, R, x.dtype.element_ty)
-    total = _coded_sum(x, four, rows, levels, direction, stop, FORMAT, D, K, BLOCK, WAIT)
+    total = _coded_sum(x, two, ready, rows, levels, direction, stop, early, FORMAT, D, K, BLOCK, WAIT, PDL)
     tl.store(u + direction, total * weight * scale, mask=inside)
 
 
 @triton.jit
 def shrink_share(
-    x, u, four, ready, records, arena, levels, site, program, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    x, u, two, ready, records, arena, levels, site, program, D: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     N2: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr, M: tl.constexpr,
     B: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program number `program` of B * MEMBERS * SHARES: its units of one row and member.
 
     It also has its share of B' fetched, of N_i outputs in blocks of Q; of more than one row only what is in few bits:
-    all of it would not fit the cache. With WAIT x is there when the kernel before has ended, else it is now.
+    all of it would not fit the cache. With WAIT x is there when the kernel before has ended, else when the linear
+    beside counts the row.
     """
     row = program // (MEMBERS * SHARES)
     member = program // SHARES % MEMBERS
+    share = program % SHARES
     record = record_of(records, row, site + member, M)
     end16, end8, end4, end2 = ends_of(record)
     weight = number(record, _WEIGHT).to(tl.float32, bitcast=True)
     x += row * D
     u += (row * MEMBERS + member) * R
+    ready += site * B + row
     outputs = tl.where(member == 0, N0, tl.where(member == 1, N1, N2))
-    EARLY: tl.constexpr = WAIT and PDL
     kind = x.dtype.element_ty
     size: tl.constexpr = Q * kind.primitive_bitwidth // 8
-    for block in range(program % SHARES, tl.cdiv(outputs, Q), SHARES):
+    for block in range(share, tl.cdiv(outputs, Q), SHARES):
         if B == 1:
             fetch_rows(arena, record, block, 0, end16, 0, size, PDL)
             fetch_rows(arena, record, block, end16, end8, 1, size, PDL)
@@ -156,7 +179,9 @@ def shrink_share(
     last8 = last16 + tl.cdiv(end8 - end16, K)
     last4 = last8 + tl.cdiv(end4 - end8, K)
     last2 = last4 + tl.cdiv(end2 - end4, K)
-    for unit in range(program % SHARES, last2, SHARES):
+    # The first unit's directions are on their way before x is there.
+    for unit in range(share, last2, SHARES):
+        early = unit == share
         if unit < last8:
             exact = unit < last16
             first = tl.where(exact, unit * K, end16 + (unit - last16) * K)
@@ -165,18 +190,23 @@ def shrink_share(
             if unit >= last16:
                 rows = part(arena, record, _STARTS + 1).to(tl.pointer_type(kind)) - number(record, _FIRSTS) * D
             direction = first + tl.arange(0, K)
-            total = _wide_sum(x, rows, direction, stop, D, K, WIDE, EARLY)
+            total = _wide_sum(x, ready, rows, direction, stop, early, D, K, WIDE, WAIT, PDL)
             tl.store(u + direction, total * weight, mask=direction < stop)
         elif unit < last4:
             first = end8 + (unit - last8) * K
-            _coded_unit(x, u, four, arena, record, levels, first, end4, weight, 2, D, R, K, BLOCK // 4, EARLY)
+            _coded_unit(
+                x, u, two, ready, arena, record, levels, first, end4, weight, early, 2, D, R, K, BLOCK // 4, WAIT, PDL
+            )  # fmt: skip
         else:
             first = end4 + (unit - last4) * K
-            _coded_unit(x, u, four, arena, record, levels, first, end2, weight, 3, D, R, K, BLOCK // 4, EARLY)
-    wait(EARLY)
+            _coded_unit(
+                x, u, two, ready, arena, record, levels, first, end2, weight, early, 3, D, R, K, BLOCK // 4, WAIT, PDL
+            )  # fmt: skip
+    # Who counts x sets the number, so nobody adds to it before.
+    _await_x(ready, share >= last2, WAIT, PDL)
     # Nobody sees the number before what it counts.
     tl.debug_barrier()
-    tl.atomic_add(ready + site * B + row, 1, sem="release")
+    tl.atomic_add(ready, 1, sem="release")
 
 
 @dataclass(frozen=True)
@@ -194,8 +224,11 @@ class Shares:
     @classmethod
     def of(cls, batch: int, width: int, directions: int) -> Shares:
         """The best found for rows of `width`, of up to so many directions."""
-        columns = min(1024, triton.next_power_of_2(width))
-        return cls(directions, 1, min(2048, 2 * columns), columns) if batch == 1 else cls(16, 4, columns, columns)
+        columns = min(2048, triton.next_power_of_2(width))
+        if batch == 1:
+            # More programs would keep those that multiply weights from starting early.
+            return cls(min(64, directions), 1, columns, columns)
+        return cls(16, 4, columns, (columns + 1) // 2)
 
     def constants(self) -> dict[str, int]:
         """A kernel's."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from policy.settings import PAGE_TOKENS
 from runtime.engine.store import AdapterStore, Module
 from runtime.ladder import Ladder
 from runtime.ladder.formats import BITS, CODED
-from runtime.ops import adapters, expand, packed, shrink
+from runtime.ops import expand, packed, shrink
 from runtime.ops import linear as linears
 from runtime.ops.adapters import Update
 from runtime.ops.expand import Cut
@@ -122,28 +124,56 @@ class Seen:
     """Address and bytes"""
 
 
+class Late:
+    """What others write and a program reads: NaN from its start until it has waited."""
+
+    def __init__(self, own: Tensor):
+        self.own, self.there = own, own.clone()
+        self.away = False
+
+    def leave(self) -> None:
+        if not self.away:
+            self.there.copy_(self.own)
+            self.own.fill_(torch.nan)
+        self.away = True
+
+    def arrive(self) -> None:
+        if self.away:
+            self.own.copy_(self.there)
+        self.away = False
+
+
 @contextmanager
-def watched() -> Iterator[Seen | None]:
+def watched(x: Tensor, u: Tensor) -> Iterator[Seen | None]:
     """Nothing is seen of compiled kernels. In the interpreter programs come one after another, so one that has to wait
-    would for ever, and fails."""
+    would for ever, and fails; and of several rows each is without x, or without u, until it has waited."""
     if not INTERPRETED:
         yield None
         return
     seen = Seen(set(), [])
+    late = {expand: Late(u)} | ({shrink: Late(x)} if len(x) > 1 else {})
 
-    def await_count(number: Any, COUNT: int) -> None:
+    def await_count(module: ModuleType, number: Any, COUNT: int) -> None:
         there = tl.load(number).handle.data.item()
         assert there >= COUNT, f"a program waits for {COUNT}, and {there} is all that comes before it"
         seen.waits.add((number.handle.data.item(), COUNT))
+        late[module].arrive()
+
+    def record_of(module: ModuleType, *arguments: Any) -> Any:
+        late[module].leave()
+        return packed.record_of(*arguments)
 
     def fetch(pointer: Any, size: Any, PDL: bool) -> None:
         seen.fetched.append((pointer.handle.data.item(), size.handle.data.item()))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (adapters, expand):
-            patch.setattr(module, "await_count", await_count)
+        for module in late:
+            patch.setattr(module, "await_count", partial(await_count, module))
+            patch.setattr(module, "record_of", partial(record_of, module))
         patch.setattr(packed, "fetch", fetch)
         yield seen
+    for own in late.values():
+        own.arrive()
 
 
 class Group:
@@ -188,7 +218,7 @@ class Group:
         batch, update = len(self.uses), self.update()
         weights = tuple(self.drawn(n, self.x.shape[1]) for n in self.outputs)
         y = poisoned(batch, sum(self.outputs), device=self.device)
-        with watched() as seen, arriving([linears, shrink], self.x):
+        with watched(self.x, update.u) as seen, arriving([linears, shrink], self.x):
             linear(self.x, weights, y, update=update, shares=shares, cut=cut, tiles=tiles)
         check_guards(y, update.u, update.added)
         check_near(y, *(reference.linear(own, weights) for own in (self.x, self.x.double())))

@@ -60,9 +60,9 @@ def test_every_code_is_read_as_its_level(bits, assembly, first):
     parts = 8 // bits
     outputs = 2 * parts
     given: dict[int, int] = {}
-    # Behind the bytes every word of levels is there four times, as a scalar is for four elements.
+    # Behind the bytes come the words of levels.
     for number, word in enumerate(table[first : first + bits].view(torch.uint32).tolist()):
-        given |= dict.fromkeys(range(outputs + 1 + 4 * number, outputs + 5 + 4 * number), word)
+        given[outputs + 1 + number] = word
     for start in range(256):
         row = [(start + 67 * place) % 256 for place in range(4)]
         found = executed(assembly.value, outputs, given | {outputs: int.from_bytes(bytes(row), "little")})
