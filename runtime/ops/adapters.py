@@ -4,7 +4,8 @@
     B'u                           others (`expand`), which wait until that number says that all of the row's u is there
 
 Programs start in order, and none waits for one behind it, so whoever is waited for runs. While one waits the first
-directions that it is to read are on their way. Who consumes what the linears put out adds B'u to it (`settle`).
+directions that it is to read are on their way, but for numbers of B'. Who consumes what the linears put out adds B'u to
+it (`settle`).
 
 Of one row these are programs of the linear's launch: the first make u, and those in the middle B'u, while the others
 read weights, so memory is never idle. Of more rows they are a launch of their own, which does not wait for the linear

@@ -46,7 +46,7 @@ def _add_wide(
 
 @triton.jit
 def _tile(rows, at, direction, end, real, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
-    """Codes of directions [K] at places `at` of a quarter: those of the first of QUARTERS, and those of the last."""
+    """Codes of directions [K] at places `at`; of two QUARTERS those of the second as well, else the same again."""
     mask = (direction < end)[:, None] & real[None, :]
     place = rows + (direction[:, None] * (QUARTERS * QUARTER) + at[None, :])
     first = tl.load(place, mask=mask, other=0)
@@ -84,8 +84,8 @@ def _coded(
     """Four sums [L] over directions at 4 and 2 bits, at blocks from `first` on.
 
     Codes come four bytes at a time where quarters are whole pairs of words. `two` is 2: a number that the compiler does
-    not know, so that a thread takes two words of several directions, and not four of one, and has less to share with
-    others when directions are summed. The first codes are on their way before u is there.
+    not know, so that a thread takes one word of several directions, and not four of one, and has less to share with
+    others when directions are summed. The first codes are on their way before u is there, unless numbers came first.
     """
     _, end8, end4, end2 = ends_of(record)
     UNIT: tl.constexpr = 4 if QUARTER % 8 == 0 else 1
@@ -144,7 +144,7 @@ def expand_share(
 ):  # fmt: skip
     """Program number `program` of B * groups: a group of one row's blocks. u is there when `ready` counts COUNT.
 
-    It waits for that alone: who made u has waited for the kernel before.
+    It waits for that alone: who made u had x from one who had waited for the kernel before.
     """
     BLOCKS: tl.constexpr = LANES // QUARTER
     WIDTH: tl.constexpr = 4 * LANES

@@ -69,8 +69,7 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def await_count(number, COUNT: tl.constexpr):
-    """Until a number in memory is so high. One thread looks for all, and while it waits no look empties the first
-    cache."""
+    """Until a number in memory is so high. One thread looks for all; only its first and last look empty its cache."""
     while tl.atomic_add(number, 0, sem="acquire") < COUNT:
         while tl.atomic_add(number, 0, sem="relaxed") < COUNT:
             pass

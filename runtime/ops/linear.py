@@ -45,8 +45,8 @@ class Tiles:
             # Programs of fewer threads may have more registers, which those that make B'u need.
             columns, warps = (2048, 4) if adapters else (1024, 8)
             return cls(1, min(columns, triton.next_power_of_2(inputs)), warps, 1)
-        # Larger programs are fewer, and leave room for those that make B'u beside them.
-        large = adapters and batch >= 16 and outputs >= 64 * _LARGE_SIDE
+        # Larger programs are fewer, and leave room for those that make B'u beside them; floats would not fit registers.
+        large = adapters and itemsize == 2 and batch >= 16 and outputs >= 64 * _LARGE_SIDE
         side, columns = (_LARGE_SIDE, 128) if large else (_SIDE, 256)
         step = (side + max(16, triton.next_power_of_2(batch))) * itemsize
         while columns > 32 and 2 * columns * step > _SHARED_BYTES:

@@ -22,9 +22,9 @@ one stretch of memory.
 
 Levels: `ladder.formats`; a value is level[code] times one scale a row, which is applied to the sum instead. Turning
 codes into levels is what reading few bits costs: a load from a table takes twelve cycles (docs/log.md). So for models
-in bfloat16 levels are selected byte by byte from a few registers. They are bfloat16 themselves, stretched first so that
-all of them are nearly numbers of that kind: by 1.96 those of 4 bits are at most 0.0011 of themselves off, by 1.69 those
-of 2 bits 0.00003. Scales are as much smaller.
+in bfloat16 levels are selected byte by byte from a few registers, where codes come in words: where quarters are whole
+pairs of them. Levels are bfloat16 themselves, stretched first so that all of them are nearly numbers of that kind: by
+1.96 those of 4 bits are at most 0.0011 of themselves off, by 1.69 those of 2 bits 0.00003. Scales are as much smaller.
 """
 
 from __future__ import annotations

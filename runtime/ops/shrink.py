@@ -38,7 +38,7 @@ _FIRSTS: tl.constexpr = tl.constexpr(FIRSTS)
 
 @triton.jit
 def _await_x(ready, first, WAIT: tl.constexpr, PDL: tl.constexpr):
-    """x is there when the kernel before has ended, or when the linear beside counts the row; asked once a program."""
+    """x is there when the kernel before has ended, or when the linear beside counts the row, which is asked once."""
     if WAIT:
         wait(PDL)
     elif first:
@@ -74,7 +74,7 @@ def _input(x, at, mask):
 
 @triton.jit
 def _tile(rows, at, mask, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
-    """Codes at `at` of the first of QUARTERS, and those of the last."""
+    """Codes at `at`; of two QUARTERS those of the second as well, else the same again."""
     first = tl.load(rows + at, mask=mask, other=0)
     last = first
     if QUARTERS > 1:
@@ -224,11 +224,11 @@ class Shares:
     @classmethod
     def of(cls, batch: int, width: int, directions: int) -> Shares:
         """The best found for rows of `width`, of up to so many directions."""
-        columns = min(2048, triton.next_power_of_2(width))
+        columns = min(2048, max(4, triton.next_power_of_2(width)))
         if batch == 1:
             # More programs would keep those that multiply weights from starting early.
             return cls(min(64, directions), 1, columns, columns)
-        return cls(16, 4, columns, (columns + 1) // 2)
+        return cls(16, 4, columns, columns // 2)
 
     def constants(self) -> dict[str, int]:
         """A kernel's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -30,9 +30,11 @@ def guarded(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def arriving(modules: Sequence[ModuleType], *tensors: Tensor) -> Iterator[None]:
+def arriving(
+    modules: Sequence[ModuleType], *tensors: Tensor, told: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """In the interpreter, what the kernels before those of the modules write is something else until a program of
-    theirs waits: NaN, or one less."""
+    theirs waits: NaN, or one less. `told` is called whenever one does."""
     if not INTERPRETED:
         yield
         return
@@ -44,6 +46,7 @@ def arriving(modules: Sequence[ModuleType], *tensors: Tensor) -> Iterator[None]:
         while held:
             own, there = held.pop()
             own.copy_(there)
+        told()
 
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:

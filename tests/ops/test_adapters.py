@@ -7,28 +7,21 @@ added where a row has none, every buffer's surroundings, and what is to be writt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 from runtime.engine.store import AdapterStore, Module
 from runtime.ladder import Ladder
 from runtime.ladder.formats import BITS, CODED
-from runtime.ops import expand, packed, shrink
 from runtime.ops import linear as linears
+from runtime.ops import shrink
 from runtime.ops.adapters import Update
 from runtime.ops.expand import Cut
 from runtime.ops.gated import gate_up
-from runtime.ops.launch import INTERPRETED
 from runtime.ops.linear import Tiles, linear
 from runtime.ops.norm import Norm
 from runtime.ops.packed import ALIGNMENT, ENDS, FIRSTS, ROWS, STARTS_B, STRETCH, Reads
@@ -39,8 +32,10 @@ from runtime.ops.rotary import Heads, Pages, rotate
 from runtime.ops.shrink import Shares
 from tests.ops.ladders import RANK, factors, ladders_of, stored
 from tests.ops.near import arriving, check_guards, check_near, guarded, poisoned
+from tests.ops.watched import BEFORE, Seen, watched
 
-HIDDEN, INNER, HEADS, KV_HEADS, CHANNELS = 116, 76, 3, 1, 20
+HIDDEN, INNER, HEADS, KV_HEADS, CHANNELS = 116, 96, 3, 1, 20
+"""A quarter of INNER is whole words, of HIDDEN an odd number."""
 LAYER = {
     "q": Module(HIDDEN, HEADS * CHANNELS, CHANNELS),
     "k": Module(HIDDEN, KV_HEADS * CHANNELS, CHANNELS),
@@ -55,8 +50,8 @@ QKV, GATE_UP, OUT, DOWN = ("1.q", "1.k", "1.v"), ("1.gate", "1.up"), ("1.o",), (
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = 0.1
 GARBAGE = 2**30
-BEFORE, UNUSED = 17, -3
-"""What `ready` says of the site before, and of those that are nobody's."""
+UNUSED = -3
+"""What `ready` says of sites that are nobody's."""
 
 Use = tuple[int, int, float]
 """Of a row its slot, rung and weight."""
@@ -114,68 +109,6 @@ def stores(ladders, device) -> dict[torch.dtype, Adapters]:
     return {dtype: Adapters(stored(ladders, MODULES, dtype, device), dtype) for dtype in (FP32, BF16)}
 
 
-@dataclass
-class Seen:
-    """What programs asked of each other, and had fetched."""
-
-    waits: set[tuple[int, int]]
-    """Address of a number, and how high it was to be"""
-    fetched: list[tuple[int, int]]
-    """Address and bytes"""
-
-
-class Late:
-    """What others write and a program reads: NaN from its start until it has waited."""
-
-    def __init__(self, own: Tensor):
-        self.own, self.there = own, own.clone()
-        self.away = False
-
-    def leave(self) -> None:
-        if not self.away:
-            self.there.copy_(self.own)
-            self.own.fill_(torch.nan)
-        self.away = True
-
-    def arrive(self) -> None:
-        if self.away:
-            self.own.copy_(self.there)
-        self.away = False
-
-
-@contextmanager
-def watched(x: Tensor, u: Tensor) -> Iterator[Seen | None]:
-    """Nothing is seen of compiled kernels. In the interpreter programs come one after another, so one that has to wait
-    would for ever, and fails; and of several rows each is without x, or without u, until it has waited."""
-    if not INTERPRETED:
-        yield None
-        return
-    seen = Seen(set(), [])
-    late = {expand: Late(u)} | ({shrink: Late(x)} if len(x) > 1 else {})
-
-    def await_count(module: ModuleType, number: Any, COUNT: int) -> None:
-        there = tl.load(number).handle.data.item()
-        assert there >= COUNT, f"a program waits for {COUNT}, and {there} is all that comes before it"
-        seen.waits.add((number.handle.data.item(), COUNT))
-        late[module].arrive()
-
-    def record_of(module: ModuleType, *arguments: Any) -> Any:
-        late[module].leave()
-        return packed.record_of(*arguments)
-
-    def fetch(pointer: Any, size: Any, PDL: bool) -> None:
-        seen.fetched.append((pointer.handle.data.item(), size.handle.data.item()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in late:
-            patch.setattr(module, "await_count", partial(await_count, module))
-            patch.setattr(module, "record_of", partial(record_of, module))
-        patch.setattr(packed, "fetch", fetch)
-        yield seen
-    for own in late.values():
-        own.arrive()
-
-
 class Group:
     """Linears that share their input, what rows of a batch give them, and what adapters add."""
 
@@ -218,7 +151,10 @@ class Group:
         batch, update = len(self.uses), self.update()
         weights = tuple(self.drawn(n, self.x.shape[1]) for n in self.outputs)
         y = poisoned(batch, sum(self.outputs), device=self.device)
-        with watched(self.x, update.u) as seen, arriving([linears, shrink], self.x):
+        with (
+            watched(self.x, update) as seen,
+            arriving([linears, shrink], self.x, told=seen.waited if seen else lambda: None),
+        ):
             linear(self.x, weights, y, update=update, shares=shares, cut=cut, tiles=tiles)
         check_guards(y, update.u, update.added)
         check_near(y, *(reference.linear(own, weights) for own in (self.x, self.x.double())))
@@ -230,6 +166,7 @@ class Group:
         if seen is not None:
             self.check_waits(seen, update, programs)
             self.check_fetched(seen)
+            assert seen.ended == (batch > 1), "who adds is to find what the linear puts out"
         self.check_u(update.u)
         self.check_added(update.added)
         return y, update
@@ -403,6 +340,7 @@ class RotaryCase(Group):
         ("mixed", OUT, None, None, BF16),
         ("mixed", DOWN, Shares(5, 1, 16, 128), Cut(1, 4, 2), FP32),
         ("few bits", OUT, Shares(1, 4, 64, 32), Cut(100, 1, 1), FP32),
+        ("few bits", DOWN, Shares(1, 4, 64, 32), None, BF16),
         ("exact", DOWN, None, None, FP32),
     ],
     ids=str,

@@ -42,3 +42,16 @@ def test_linears_that_share_their_input(inputs, sizes, normed, tiles, batch, dty
     options = {"squares": squares if normed else None, "eps": EPS}
     truth = reference.linear(x.double(), weights, **options)
     check_near(y, reference.linear(x, weights, **options), truth)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("batch", [2, 15, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (4096, 11008), (8191, 64), (8192, 4096), (22016, 4096)])
+def test_tiles_fit_shared_memory_and_have_a_step_on_the_way(outputs, inputs, batch, adapters, itemsize):
+    tiles = Tiles.of(batch, outputs, inputs, itemsize, adapters)
+    step = tiles.inputs * (tiles.outputs + max(16, batch)) * itemsize
+    assert tiles.stages >= 2
+    assert tiles.stages * step <= 227 * 1024
+    large = adapters and itemsize == 2 and batch >= 16 and outputs >= 8192
+    assert tiles.outputs == (128 if large else 32)
