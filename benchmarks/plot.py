@@ -39,7 +39,7 @@ MARKS = {
 }  # fmt: skip
 OTHER = ("x", GREY)
 FAR = 1.25
-"""The axis reaches so far beyond what is longest of ours, and to plain PyTorch's."""
+"""The axis reaches so far beyond what is longest of ours, and to plain PyTorch in a graph."""
 
 
 def groups(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -80,7 +80,7 @@ def figure(records: Sequence[dict[str, Any]]) -> Figure:
 def _panel(axes: Axes, cases: Sequence[dict[str, Any]]) -> set[str]:
     """Draw cases of one batch; returns the names of the peers that are there."""
     near = [case["ms_per_step"] for case in cases]
-    near += [own for case in cases for name, own in _peers(case) if name.startswith("PyTorch")]
+    near += [own for case in cases for name, own in _peers(case) if name == GRAPH]
     edge = FAR * max(case["ms_per_step"] for case in cases)
     edge, shown = max(edge, 1.05 * max(near)), set()
     for line, case in enumerate(cases):
