@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .launch import await_count
-from .packed import ends_of, four_bits, record_of, rows_of_b, two_bits
+from .packed import codes_at, ends_of, four_bits, record_of, rows_of_b, two_bits
 
 
 @triton.jit
@@ -46,14 +46,9 @@ def _add_wide(
 
 @triton.jit
 def _tile(rows, at, direction, end, real, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
-    """Codes of directions [K] at places `at`; of two QUARTERS those of the second as well, else the same again."""
+    """Codes of directions [K] below `end` at places `at` of a quarter, those that are `real`."""
     mask = (direction < end)[:, None] & real[None, :]
-    place = rows + (direction[:, None] * (QUARTERS * QUARTER) + at[None, :])
-    first = tl.load(place, mask=mask, other=0)
-    last = first
-    if QUARTERS > 1:
-        last = tl.load(place + QUARTER, mask=mask, other=0)
-    return first, last
+    return codes_at(rows + (direction[:, None] * (QUARTERS * QUARTER) + at[None, :]), mask, QUARTER, QUARTERS)
 
 
 @triton.jit

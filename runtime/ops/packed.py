@@ -257,6 +257,16 @@ def two_bits(codes, levels, KIND: tl.constexpr):
 
 
 @triton.jit
+def codes_at(place, mask, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
+    """Bytes or words of codes at `place`; of two QUARTERS those of the second as well, else the same again."""
+    first = tl.load(place, mask=mask, other=0)
+    last = first
+    if QUARTERS > 1:
+        last = tl.load(place + QUARTER, mask=mask, other=0)
+    return first, last
+
+
+@triton.jit
 def row_scales(arena, record, direction, mask, FORMAT: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr):
     """float32 scales of A' and B' in one number, for levels as KIND has them; FORMAT 2, 3: at 4, 2 bits."""
     scales = part(arena, record, _SCALES).to(tl.pointer_type(tl.float32))

@@ -21,6 +21,7 @@ from .packed import (
     FIRSTS,
     STARTS_A,
     WEIGHT,
+    codes_at,
     ends_of,
     fetch_rows,
     four_bits,
@@ -73,16 +74,6 @@ def _input(x, at, mask):
 
 
 @triton.jit
-def _tile(rows, at, mask, QUARTER: tl.constexpr, QUARTERS: tl.constexpr):
-    """Codes at `at`; of two QUARTERS those of the second as well, else the same again."""
-    first = tl.load(rows + at, mask=mask, other=0)
-    last = first
-    if QUARTERS > 1:
-        last = tl.load(rows + QUARTER + at, mask=mask, other=0)
-    return first, last
-
-
-@triton.jit
 def _coded_sum(
     x, two, ready, rows, levels, direction, stop, early, FORMAT: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     BLOCK: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
@@ -106,14 +97,14 @@ def _coded_sum(
         column = tl.multiple_of(column // 8 * (4 * two) + column % 8, 8)
     there = (direction < stop)[:, None]
     at = direction[:, None] * (QUARTERS * SIZE) + lane[None, :]
-    low, high = _tile(rows, at, there & (lane < SIZE)[None, :], SIZE, QUARTERS)
+    low, high = codes_at(rows + at, there & (lane < SIZE)[None, :], SIZE, QUARTERS)
     _await_x(ready, early, WAIT, PDL)
     total = tl.zeros([K, BLOCK], tl.float32)
     for start in range(0, QUARTER, BLOCK):
         # Codes of the next step are on their way while these are looked up.
         at += BLOCK // UNIT
         ahead = start // UNIT + BLOCK // UNIT + lane < SIZE
-        low_ahead, high_ahead = _tile(rows, at, there & ahead[None, :], SIZE, QUARTERS)
+        low_ahead, high_ahead = codes_at(rows + at, there & ahead[None, :], SIZE, QUARTERS)
         if FORMAT == 2:
             v0, v1, v2, v3 = four_bits(low, high, levels, x.dtype.element_ty)
         else:
