@@ -31,7 +31,7 @@ from runtime.command import one_line_errors
 from .bench import STEPS, Bench
 from .cases import Case, cases
 from .correctness import random_tokens
-from .net import COLUMNS, net, rows_of
+from .net import COLUMNS, RETURNED, net, returned, rows_of
 from .opponents import add_peers
 from .printing import (
     commit,
@@ -151,6 +151,7 @@ def measure(
             held, exact = own["resident_bytes"] / 1e9, own["exact_bytes"] / 1e9
             print(f"{own['adapters']} adapters at rung {own['resident_rung']}: {held:.1f} GB; exact: {exact:.1f} GB")
     print_table(COLUMNS, rows_of(record.get("controller", [])))
+    print_table(RETURNED, returned(record["cases"], 1e12 * record["read_tb_s"]))
     finish(record, path)
 
 

@@ -3,6 +3,8 @@
 controller  exact, deciding, less exact: the same bytes, so the difference is the controller
 net         exact less the trace: what is left of the bytes saved, the controller's own cost taken off
 uniform     the trace less the rung that it is around: about the same bytes, so what moving between rungs costs
+
+And what a rung is worth: of the time that its bytes less would take, how much comes back.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .ladders import RANK
+from .opponents import GRAPH
 
 COLUMNS = ("controller off -> on", "exact", "deciding", "net ms", "saved GB", "= ms", "controller", "against uniform")
+
+RETURNED = ("of the bytes saved come back", "this engine", GRAPH, "over no adapter")
 
 
 def net(records: Sequence[dict[str, Any]], bandwidth: float) -> list[dict[str, Any]]:
@@ -57,3 +62,28 @@ def rows_of(found: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def _rows(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["batch"], record["context"], record["adapters"], record.get("resident_rung")
+
+
+def returned(records: Sequence[dict[str, Any]], bandwidth: float) -> list[list[str]]:
+    """Lines for people: of every case at a rung below the exact one what comes back of the bytes it saves, ours and
+    plain PyTorch's where that was timed, and what it takes over rows without adapters; bandwidth in bytes a second."""
+    lines = []
+    for own in records:
+        if own["rung"] in (None, RANK) or "resident_rung" in own:
+            continue
+        exact = next(other for other in records if _rows(other) == _rows(own) and other["rung"] == RANK)
+        none = next(other for other in records if _batch(other) == _batch(own) and other["rung"] is None)
+        would = 1000 * (exact["bytes"] - own["bytes"]) / bandwidth
+        both = [(other["peer"] or {}).get(GRAPH, {}).get("ms_per_step") for other in (exact, own)]
+        lines.append(
+            [
+                own["name"], f"{(exact['ms_per_step'] - own['ms_per_step']) / would:.0%}",
+                "" if None in both else f"{(both[0] - both[1]) / would:.0%}",
+                f"{own['ms_per_step'] / none['ms_per_step'] - 1:.1%}",
+            ]
+        )  # fmt: skip
+    return lines
+
+
+def _batch(record: dict[str, Any]) -> tuple[int, int]:
+    return record["batch"], record["context"]

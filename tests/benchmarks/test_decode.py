@@ -12,7 +12,7 @@ from benchmarks import decode, opponents
 from benchmarks.bench import Bench
 from benchmarks.cases import RESIDENT_ADAPTERS, Case, cases
 from benchmarks.ladders import MIX, RANK, fill, random_ladder, read_bytes
-from benchmarks.net import COLUMNS, net, rows_of
+from benchmarks.net import COLUMNS, RETURNED, net, returned, rows_of
 from benchmarks.records import load_record
 from benchmarks.shapes import SHAPES
 from benchmarks.traces import DEFAULT, Trace, load_traces, save_traces
@@ -168,6 +168,22 @@ def test_what_deciding_is_worth_is_told_beside_the_rung_it_is_around(records):
     (row,) = rows_of([found])
     assert len(row) == len(COLUMNS)
     assert row[0] == "2 rows, trace around rung 4"
+
+
+def test_what_comes_back_is_told_of_the_bytes_that_a_rung_saves(records):
+    """At 1 GB/s the rung's bytes less would take `would` milliseconds."""
+    would = (records[1]["bytes"] - records[3]["bytes"]) / 1e6
+    times = [10.0, 10.0 + 2 * would, 99.0, 10.0 + 1.25 * would, 10.0 + would]
+    told = [record | {"ms_per_step": ms} for record, ms in zip(records, times, strict=True)]
+    for case, ms in ((1, 9.0), (3, 9.0 - 0.4 * would)):
+        told[case] = told[case] | {"peer": {opponents.GRAPH: {"ms_per_step": ms}}}
+    several = [record | {"batch": 3} for record in records]
+    uniform, traced = returned([*several, *told], 1e9)[2:]
+    assert len(uniform) == len(RETURNED)
+    assert uniform == [told[3]["name"], "75%", "40%", f"{0.125 * would:.1%}"]
+    assert traced[2] == ""
+    saved = (records[1]["bytes"] - records[4]["bytes"]) / 1e6
+    assert traced[1] == f"{would / saved:.0%}"
 
 
 def test_peers_belong_to_the_cases_they_do_the_same_as(bench):
