@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy import KINDS, SIGNALS, PolicyCheckpoint
-from tests.policy.test_checkpoint import checkpoint, summary_of
+from tests.policy.checkpoints import checkpoint, summary_of
 
 HERE = Path(__file__).parent
 OLD = {"schema 1": HERE / "schema1", "schema 2": HERE / "schema2" / "learned", "schema 3": HERE / "schema3"}
