@@ -16,6 +16,8 @@ from runtime import build_ladder, load_adapter
 from runtime.control.record import Keep
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
+from tests.training.tape import AMOUNTS, Tape, record
+from training import fit as fit_module
 from training.ladders.build import build
 
 # Lightning's advice about loaders and folders that the tests choose on purpose.
@@ -143,3 +145,17 @@ def _train_tokenizer(text: list[str]):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def wired(case, tmp_path_factory):
+    """The tape of one fit, its output folder, and what its first stage made."""
+    tape, folder = Tape(), tmp_path_factory.mktemp("wired") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        record(tape, patch)
+        fit_module.fit(
+            str(case.model), str(case.adapter), str(case.dataset), str(folder), amounts=AMOUNTS,
+            trainer={"accelerator": "cpu"},
+        )  # fmt: skip
+    tape.task = tape.stages["collect_targets"][1][0][0]
+    return tape, folder, tape.stages["collect_targets"][1][1]
