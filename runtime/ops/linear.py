@@ -42,8 +42,9 @@ class Tiles:
     def of(cls, batch: int, outputs: int, inputs: int, itemsize: int = 2, adapters: bool = False) -> Tiles:
         """The best found for a batch of this size and a weight of this shape, values of `itemsize` bytes."""
         if batch == 1:
-            # Programs of fewer threads may have more registers, which those that make B'u need.
-            columns, warps = (2048, 4) if adapters else (1024, 8)
+            # Fewer threads may have more registers each, which B'u needs; but beside it more than six steps spill them.
+            few = inputs <= 6 * 2048 if adapters else inputs > 4096
+            columns, warps = (2048, 4) if few else (1024, 8)
             return cls(1, min(columns, triton.next_power_of_2(inputs)), warps, 1)
         # Larger programs are fewer, and leave room for those that make B'u beside them; floats would not fit registers.
         large = adapters and itemsize == 2 and batch >= 16 and outputs >= 64 * _LARGE_SIDE
@@ -77,12 +78,12 @@ def _vector(
     rows = w + n.to(tl.int64)[:, None] * D
     inside = (n < outputs)[:, None]
     # The first weights are on their way before the kernel before has ended, and each next while the one before it is
-    # used.
+    # used: several, as there is no loop that would keep the compiler from asking for them ahead.
     part = tl.load(rows + column[None, :], mask=inside & (column < D)[None, :], other=0.0)
     wait(PDL)
     own = tl.load(x + column, mask=column < D, other=0.0)
     sums = tl.zeros([N, BLOCK], tl.float32)
-    for start in range(BLOCK, D + BLOCK, BLOCK):
+    for start in tl.static_range(BLOCK, D + BLOCK, BLOCK):
         at = start + column
         following = tl.load(rows + at[None, :], mask=inside & (at < D)[None, :], other=0.0)
         ahead = tl.load(x + at, mask=at < D, other=0.0)
