@@ -1,4 +1,4 @@
-"""No speed without correctness: what must hold before `benchmarks.decode` times anything.
+"""No speed without correctness: what must hold before `benchmarks.reference` times anything.
 
 Tokens, where the arithmetic allows it: on a tiny model in float32 the reference path and PEFT must choose the same
 greedy tokens. Errors, where it does not: bf16 has many legitimate evaluation orders, so on the measured shape the

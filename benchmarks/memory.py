@@ -2,7 +2,7 @@
 
 A tiny random LLaMA generates `--tokens` tokens under a percentile policy with the default KV pages. At even steps the
 process's resident memory and, on a GPU, the allocated device memory are read, the KV cache's own bytes beside them.
-The floor is what cannot but grow: the token ids and the mask of transformers' loop, 16 bytes a token.
+The floor is what cannot but grow: ids, mask and positions of transformers' loop, up to 24 bytes a token.
 
     python -m benchmarks.memory --tokens 100000
 """

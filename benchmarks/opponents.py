@@ -4,7 +4,7 @@
     transformers, PEFT           eager, as they come; one row, no adapter and the exact one
     the same, compiled           `torch.compile` of the step; transformers over a static cache, which it compiles for
 
-A peer is a static adapter at the same bytes of 16-bit directions; none decides, so cases with a controller have none.
+A peer is a static adapter of the rung's rank in 16 bits; none decides, so cases with a controller have none.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from .records import load_record, newest
 
 DEFAULT = Path(__file__).parent.parent / "docs" / "decode.svg"
 GREY = "#808790"
-"""Of text and lines: four to one against white and against black."""
+"""Of text and lines: at least 3.6 to one against white and against black."""
 OURS, DECIDING, FLOOR = "#2f81d6", "#7ab3ea", "#e69f00"
 # Okabe and Ito's colours, without those that vanish on white or on black; marks differ as well.
 MARKS = {

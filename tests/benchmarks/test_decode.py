@@ -171,11 +171,13 @@ def test_what_deciding_is_worth_is_told_beside_the_rung_it_is_around(records):
 
 
 def test_what_comes_back_is_told_of_the_bytes_that_a_rung_saves(records):
-    """At 1 GB/s the rung's bytes less would take `would` milliseconds."""
+    """At 1 GB/s the rung's bytes less would take `would` milliseconds, and those of its rank in 16 bits `peers`."""
     would = (records[1]["bytes"] - records[3]["bytes"]) / 1e6
+    peers = (1 - records[3]["rung"] / RANK) * (records[1]["bytes"] - records[0]["bytes"]) / 1e6
+    assert peers < 0.98 * would
     times = [10.0, 10.0 + 2 * would, 99.0, 10.0 + 1.25 * would, 10.0 + would]
     told = [record | {"ms_per_step": ms} for record, ms in zip(records, times, strict=True)]
-    for case, ms in ((1, 9.0), (3, 9.0 - 0.4 * would)):
+    for case, ms in ((1, 9.0), (3, 9.0 - 0.4 * peers)):
         told[case] = told[case] | {"peer": {opponents.GRAPH: {"ms_per_step": ms}}}
     several = [record | {"batch": 3} for record in records]
     uniform, traced = returned([*several, *told], 1e9)[2:]
