@@ -11,7 +11,7 @@
     python -m benchmarks.controller what signals, chunk length and objective are worth
     python -m benchmarks.memory    what a long generation holds beside its KV cache
 
-Every command but the two that make files for others (`record_trace`, `plot`) prints a table for people, writes its record
-under `benchmarks/results/`, and ends with that record as one line of JSON. Not installed with the package: run it from
-the repository.
+Every command but the two that make files for others (`record_trace`, `plot`) prints a table for people, writes its
+record under `benchmarks/results/`, and ends with that record as one line of JSON. Not installed with the package: run
+it from the repository.
 """

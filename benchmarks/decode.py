@@ -143,7 +143,7 @@ def measure(
     if args.peers or args.compiled_peers:
         add_peers(
             bench, record["cases"], args.repeats, plain=args.peers, compiled=args.compiled_peers,
-            save=lambda: write(record, path),
+            read_tb_s=bandwidth / 1e12, save=lambda: write(record, path),
         )  # fmt: skip
     print_table(("case", "ms/step", "range", "floor", "x floor", "peak GB"), list(map(table_row, record["cases"])))
     for own in record["cases"]:

@@ -39,10 +39,11 @@ class Opponent:
 
 
 def add_peers(
-    bench: Bench, records: list[dict[str, Any]], repeats: int, *, plain: bool, compiled: bool,
+    bench: Bench, records: list[dict[str, Any]], repeats: int, *, plain: bool, compiled: bool, read_tb_s: float,
     save: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Time the peers of every record and write them down as its `peer`: by name milliseconds a step and peak bytes.
+    """Time the peers of every record and write them down as its `peer`: by name milliseconds a step, peak bytes and
+    `read_tb_s`, what the device reads, as it may be another of its kind than the record's.
 
     What cannot be timed is named with the reason instead. `save` is called after each of them; those that a record has
     already are left as they are.
@@ -55,7 +56,7 @@ def add_peers(
                 known = record["peer"] or {}
                 if opponent.name in known or not (compiled if opponent.compiled else plain):
                     continue
-                found = _timed(opponent, repeats, bench)
+                found = _timed(opponent, repeats, bench) | {"read_tb_s": read_tb_s}
                 record["peer"] = {**known, opponent.name: found}
                 save()
                 shown = f"{found['ms_per_step']:.3f} ms" if "ms_per_step" in found else found["failed"]

@@ -42,10 +42,10 @@ class Tiles:
     def of(cls, batch: int, outputs: int, inputs: int, itemsize: int = 2, adapters: bool = False) -> Tiles:
         """The best found for a batch of this size and a weight of this shape, values of `itemsize` bytes."""
         if batch == 1:
-            # Beside programs that make B'u a thread has 64 registers: more than six unrolled steps of 16 numbers spill
-            # them, any number of 4 do not. Alone four warps are better than eight where there are many steps.
-            large = inputs <= 6 * 2048 if adapters else inputs > 4096
-            columns, warps = (2048, 4) if large else (1024, 8)
+            # Steps are unrolled, and what is asked for ahead lies in registers, of which a thread should have 64: they
+            # hold six steps of 16 numbers beside programs that make B'u, seven alone, and any of 4 (twice the threads).
+            least, most = (0, 6) if adapters else (2, 7)
+            columns, warps = (2048, 4) if least < inputs / 2048 <= most else (1024, 8)
             return cls(1, min(columns, triton.next_power_of_2(inputs)), warps, 1)
         # Larger programs are fewer, and leave room for those that make B'u beside them; floats would not fit registers.
         large = adapters and itemsize == 2 and batch >= 16 and outputs >= 64 * _LARGE_SIDE

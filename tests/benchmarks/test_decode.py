@@ -208,21 +208,23 @@ def test_peers_are_written_beside_the_case(bench, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory\nand more")
 
-    opponents.add_peers(bench, own, 1, plain=True, compiled=False)
+    only = {"plain": True, "compiled": False, "read_tb_s": 3.5}
+    opponents.add_peers(bench, own, 1, **only)
     assert list(own[0]["peer"]) == [opponents.GRAPH, opponents.EAGER]
     assert list(own[1]["peer"]) == [opponents.GRAPH, opponents.PEFT_EAGER]
     assert own[2]["peer"] is None
     for found in (*own[0]["peer"].values(), *own[1]["peer"].values()):
         assert found["ms_per_step"] == found["spread"]["median"] > 0
+        assert found["read_tb_s"] == 3.5
     before, saved = own[0]["peer"].pop(opponents.EAGER), []
     monkeypatch.setattr(opponents, "graphed", broken)
     timed = own[0]["peer"].pop(opponents.GRAPH)
-    opponents.add_peers(bench, own[:1], 1, plain=True, compiled=False, save=lambda: saved.append(len(own[0]["peer"])))
+    opponents.add_peers(bench, own[:1], 1, **only, save=lambda: saved.append(len(own[0]["peer"])))
     assert saved == [1, 2]
-    opponents.add_peers(bench, own[:1], 1, plain=True, compiled=False, save=lambda: saved.append(0))
+    opponents.add_peers(bench, own[:1], 1, **only, save=lambda: saved.append(0))
     assert saved == [1, 2]  # there already
     assert before.keys() == timed.keys() == own[0]["peer"][opponents.EAGER].keys()
-    assert own[0]["peer"][opponents.GRAPH] == {"failed": "RuntimeError: out of memory"}
+    assert own[0]["peer"][opponents.GRAPH] == {"failed": "RuntimeError: out of memory", "read_tb_s": 3.5}
     assert "out of memory" in capsys.readouterr().out
 
 
@@ -239,10 +241,12 @@ def test_the_command_writes_cases_and_adds_peers_to_them(bench, monkeypatch, tmp
     assert {"device", "versions", "read_tb_s", "cases", "commit", "trace", "controller", "gate"} <= set(record)
     assert (record["cases"][0]["kv"], record["cases"][0]["peer"]) == ("bf16", None)
     args.peers = True
+    monkeypatch.setattr(decode, "read_bandwidth", lambda device: 7e9)
     decode.measure(args, DEVICE, path, [], record)
     (case,) = load_record(path)["cases"]
     assert case["ms_per_step"] == record["cases"][0]["ms_per_step"]
     assert case["peer"][opponents.GRAPH]["ms_per_step"] > 0
+    assert case["peer"][opponents.GRAPH]["read_tb_s"] == 0.007 != record["read_tb_s"]
 
 
 def test_a_case_has_a_line_for_people(records):

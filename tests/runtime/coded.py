@@ -22,6 +22,12 @@ def encoded(bank: Bank, factor: float = 1.0) -> dict[str, Directions]:
     }
 
 
+def narrow(adapter: Adapter) -> Adapter:
+    """The same with factors in bfloat16."""
+    factors = {n: replace(f, a=f.a.bfloat16(), b=f.b.bfloat16()) for n, f in adapter.modules.items()}
+    return replace(adapter, modules=factors)
+
+
 def drawn_edges(ladder: Ladder, rungs: int, seed: int = 0) -> Tensor:
     """[rungs, M, F] of which none falls: directions at 8, 4, 2 or no bits, other ones in every module; the last reads
     everything at 8."""

@@ -1,7 +1,5 @@
 """What an export is compared with, and the rungs and scales of the policies that are exported."""
 
-from dataclasses import replace
-
 import torch
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
@@ -12,9 +10,3 @@ RUNGS, SCALES, COST = (2, 4, 6, 8), (1.3, 0.85, 1.054, 1.0), (0.25, 0.5, 0.75, 1
 @torch.no_grad()
 def peft_logits(peft_load, model, folder, tokens):
     return peft_load(model, folder)(tokens).logits
-
-
-def narrow(adapter):
-    return replace(
-        adapter, modules={n: replace(f, a=f.a.bfloat16(), b=f.b.bfloat16()) for n, f in adapter.modules.items()}
-    )

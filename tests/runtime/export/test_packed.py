@@ -8,8 +8,8 @@ from runtime import build_ladder, export_rung, generate, load_adapter, load_ladd
 from runtime.export import export_packed, folder_bytes
 from runtime.ladder.adapter import WEIGHTS_NAME
 from runtime.ladder.store import RECORD, TENSORS
-from tests.runtime.coded import coded_ladder, two_bank_ladder
-from tests.runtime.export.exported import CODED_RUNGS, narrow
+from tests.runtime.coded import coded_ladder, narrow, two_bank_ladder
+from tests.runtime.export.exported import CODED_RUNGS
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12, "min_new_tokens": 12}
 

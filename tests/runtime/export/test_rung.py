@@ -12,8 +12,8 @@ from runtime.ladder.adapter import CONFIG_NAME
 from runtime.ladder.formats import wide_rows
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
-from tests.runtime.coded import coded_ladder, two_bank_ladder
-from tests.runtime.export.exported import CODED_RUNGS, LOGITS, narrow, peft_logits
+from tests.runtime.coded import coded_ladder, narrow, two_bank_ladder
+from tests.runtime.export.exported import CODED_RUNGS, LOGITS, peft_logits
 
 # Exported folders do not say that GPT-2's linears are transposed; PEFT looks at the model and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from runtime import build_ladder, load_adapter, save_ladder
-from tests.runtime.coded import coded_ladder, two_bank_ladder
+from tests.runtime.coded import coded_ladder, narrow, two_bank_ladder
 from tests.runtime.reference import drawn_tables
 
 
@@ -27,8 +27,7 @@ def coded(adapter):
 @pytest.fixture(params=["svd", "coded", "two banks", "bf16"])
 def any_ladder(request, adapter, ladder, coded):
     if request.param == "bf16":
-        narrow = {n: replace(f, a=f.a.bfloat16(), b=f.b.bfloat16()) for n, f in adapter.modules.items()}
-        return build_ladder(replace(adapter, modules=narrow), (2, 3))
+        return build_ladder(narrow(adapter), (2, 3))
     return {"svd": ladder, "coded": coded, "two banks": two_bank_ladder(adapter)}[request.param]
 
 
