@@ -39,6 +39,7 @@ from runtime.ops.gated import gate_up
 from runtime.ops.linear import linear
 from runtime.ops.norm import Norm
 from runtime.ops.packed import Reads
+from runtime.ops.ready import nothing_ready
 from runtime.ops.reference.sampling import Generated, Sampling, SamplingRows
 from runtime.ops.residual import add_residual, squares_of
 from runtime.ops.resolve import Rows, reads_for, resolve
@@ -162,7 +163,7 @@ class Kernels:
         device, own = self.model.device, self._modules(name)
         u = self._random(self.batch, len(own), self.store.directions)
         added = self._random(self.batch, sum(module.outputs for module in own))
-        ready = torch.zeros(len(self.store.modules), self.batch, dtype=torch.int32, device=device)
+        ready = nothing_ready(len(self.store.modules), self.batch, device)
         sites = [layer * len(MEMBERS) + SITES[name] for layer in layers]
         assert len(sites) > 1, "no launch puts back what it counts itself"
         return [

@@ -14,6 +14,7 @@ from policy.settings import PAGE_TOKENS
 
 from ..ops.attention import AttentionScratch
 from ..ops.norm import Norm
+from ..ops.ready import nothing_ready
 from ..ops.residual import squares_of
 from ..ops.resolve import Rows
 from ..ops.rotary import Pages
@@ -60,7 +61,7 @@ class Buffers:
     squares: Tensor
     """[B, blocks] float32: sums of squares of the residual"""
     ready: Tensor
-    """[modules, B] int32: how far the rows of the latest site are (`ops.adapters`)"""
+    """[modules, B, LINE] int32: how far the rows of the latest site are (`ops.ready`)"""
     y: Tensor
     """[B * widest] float32: what a linear puts out"""
     added: Tensor
@@ -98,7 +99,7 @@ class Buffers:
             r=zeros(rows, s.hidden),
             normed=zeros(rows, s.hidden, dtype=dtype),
             squares=zeros(rows, squares_of(rows, s.hidden)),
-            ready=zeros(len(MEMBERS) * s.layers, rows, dtype=torch.int32),
+            ready=nothing_ready(len(MEMBERS) * s.layers, rows, device),
             y=zeros(rows * widest),
             added=zeros(rows * widest),
             u=zeros(rows * 3 * directions),

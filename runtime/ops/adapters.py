@@ -44,7 +44,7 @@ class Update:
     columns: int
     """Of a block of B'"""
     ready: Tensor
-    """[M, B] int32: at the latest site how far its rows are, 0 at all others"""
+    """[M, B, LINE] int32: at the latest site how far its rows are, 0 at all others (`ready`)"""
     before: int
     """The site before this one, of which `ready` is put back"""
 
@@ -102,8 +102,8 @@ def _adapters(
         )  # fmt: skip
     else:
         expand_share(
-            added, u, two, ready, records, arena, levels, site, program - SHRINKS, 1 + MEMBERS * SHARES,
-            x.dtype.element_ty, N0, N1, N2, R, MEMBERS, M, B, QUARTER, K, WIDE, L, LANES,
+            added, u, two, ready, records, arena, levels, site, program - SHRINKS, x.dtype.element_ty, N0,
+            N1, N2, R, MEMBERS, M, B, SHARES, SHRINK_K, QUARTER, K, WIDE, L, LANES,
         )  # fmt: skip
     # One is enough, and all of them would keep others from their places until the linear has ended.
     if program == 0:

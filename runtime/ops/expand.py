@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import await_count
-from .packed import codes_at, ends_of, four_bits, record_of, rows_of_b, two_bits
+from .packed import codes_at, ends_of, four_bits, record_of, rows_of_b, two_bits, units_of
+from .ready import await_count, line_of
 
 
 @triton.jit
@@ -27,21 +27,24 @@ def _factor(u, direction, end):
 
 
 @triton.jit
-def _add_wide(
-    sums, u, record, arena, first, end, column, real, FORMAT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """sums [WIDE, C] and directions from `first` to `end` at columns [C], times u."""
+def _wide_rows(arena, record, column, FORMAT: tl.constexpr, KIND: tl.constexpr, Q: tl.constexpr):
+    """Pointer to numbers of KIND at a format, and where columns of direction 0 are from there."""
     SIZE: tl.constexpr = KIND.primitive_bitwidth // 8
     base, stride = rows_of_b(arena, record, FORMAT, Q * SIZE)
-    at = column // Q * (stride // SIZE) + column % Q
-    for start in range(first, end, WIDE):
-        direction = start + tl.arange(0, WIDE)
-        mask = (direction < end)[:, None] & real[None, :]
-        place = base.to(tl.pointer_type(KIND)) + (direction[:, None] * Q + at[None, :])
-        values = tl.load(place, mask=mask, other=0.0)
-        sums += _factor(u, direction, end)[:, None] * values.to(tl.float32)
-    return sums
+    return base.to(tl.pointer_type(KIND)), column // Q * (stride // SIZE) + column % Q
+
+
+@triton.jit
+def _wide_tile(rows, at, direction, end, real, Q: tl.constexpr):
+    """Numbers of directions [WIDE] below `end` at columns [C], those that are `real`."""
+    mask = (direction < end)[:, None] & real[None, :]
+    return tl.load(rows + (direction[:, None] * Q + at[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _plus_wide(sums, u, values, direction, end):
+    """sums [WIDE, C] and a tile of numbers by their factor."""
+    return sums + _factor(u, direction, end)[:, None] * values.to(tl.float32)
 
 
 @triton.jit
@@ -73,14 +76,14 @@ def _rows(arena, record, block, inner, FORMAT: tl.constexpr, BYTES: tl.constexpr
 
 @triton.jit
 def _coded(
-    u, two, ready, record, arena, levels, first, outputs, KIND: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr,
-    L: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr,
+    u, two, number, count, record, arena, levels, first, outputs, KIND: tl.constexpr, QUARTER: tl.constexpr,
+    K: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Four sums [L] over directions at 4 and 2 bits, at blocks from `first` on.
 
     Codes come four bytes at a time where quarters are whole pairs of words. `two` is 2: a number that the compiler does
     not know, so that a thread takes one word of several directions, and not four of one, and has less to share with
-    others when directions are summed. The first codes are on their way before u is there, unless numbers came first.
+    others when directions are summed. The first codes are on their way before u is there, when `number` is `count`.
     """
     _, end8, end4, end2 = ends_of(record)
     UNIT: tl.constexpr = 4 if QUARTER % 8 == 0 else 1
@@ -104,8 +107,7 @@ def _coded(
     low, high = _tile(rows4, at4, end8 + k, end4, real, SIZE, 2)
     rows2, at2 = _rows(arena, record, block, inner, 3, QUARTER, UNIT)
     codes, _ = _tile(rows2, at2, end4 + k, end2, real, SIZE, 1)
-    if end8 == 0:
-        await_count(ready, COUNT)
+    await_count(number, count)
     factor = _factor(u, end8 + k, end4)
     for start in range(end8, end4, K):
         low_ahead, high_ahead = _tile(rows4, at4, start + K + k, end4, real, SIZE, 2)
@@ -124,22 +126,20 @@ def _coded(
 
 
 @triton.jit
-def _store_quarter(out, column, stop, value, real, there):
-    """Add to what is there, if anything is."""
-    mask = real & (column < stop)
-    before = tl.load(out + column, mask=mask & there, other=0.0, cache_modifier=".cg")
-    tl.store(out + column, before + value, mask=mask)
+def _store_quarter(out, column, stop, value, real):
+    tl.store(out + column, value, mask=real & (column < stop))
 
 
 @triton.jit
 def expand_share(
-    added, u, two, ready, records, arena, levels, site, program, COUNT: tl.constexpr, KIND: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, M: tl.constexpr,
-    B: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+    added, u, two, ready, records, arena, levels, site, program, KIND: tl.constexpr, N0: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr, MEMBERS: tl.constexpr, M: tl.constexpr, B: tl.constexpr,
+    SHARES: tl.constexpr, SHRINK_K: tl.constexpr, QUARTER: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Program number `program` of B * groups: a group of one row's blocks. u is there when `ready` counts COUNT.
+    """Program number `program` of B * groups: a group of one row's blocks.
 
-    It waits for that alone: who made u had x from one who had waited for the kernel before.
+    It waits for those alone that make this member's u: they had x from one who had waited for the kernel before.
     """
     BLOCKS: tl.constexpr = LANES // QUARTER
     WIDTH: tl.constexpr = 4 * LANES
@@ -155,29 +155,45 @@ def expand_share(
     end16, end8, _, end2 = ends_of(record)
     if end2 > 0:
         u += (row * MEMBERS + member) * R
-        ready += site * B + row
-        if end8 > 0:
-            await_count(ready, COUNT)
-            column = group * WIDTH + tl.arange(0, 4 * L)
-            real = column < tl.minimum((group + 1) * WIDTH, outputs)
-            sums = tl.zeros([WIDE, 4 * L], tl.float32)
-            sums = _add_wide(sums, u, record, arena, 0, end16, column, real, 0, KIND, 4 * QUARTER, WIDE)
-            sums = _add_wide(sums, u, record, arena, end16, end8, column, real, 1, KIND, 4 * QUARTER, WIDE)
-            tl.store(added + column, tl.sum(sums, axis=0), mask=real)
+        number = line_of(ready, site, row, B) + member
+        _, _, _, units = units_of(record, SHRINK_K)
+        count = tl.minimum(units, SHARES)
+        # The first numbers are on their way before u is there.
+        wide = group * WIDTH + tl.arange(0, 4 * L)
+        inside = wide < tl.minimum((group + 1) * WIDTH, outputs)
+        direction = tl.arange(0, WIDE)
+        rows16, at16 = _wide_rows(arena, record, wide, 0, KIND, 4 * QUARTER)
+        rows8, at8 = _wide_rows(arena, record, wide, 1, KIND, 4 * QUARTER)
+        exact = end16 > 0
+        first = tl.where(exact, end16, end8)
+        values = _wide_tile(
+            tl.where(exact, rows16, rows8), tl.where(exact, at16, at8), direction, first, inside, 4 * QUARTER
+        )
         if end2 > end8:
-            # What other threads of this program have stored can be read now.
-            tl.debug_barrier()
             lane = tl.arange(0, L)
             column = (group * BLOCKS + lane // QUARTER) * (4 * QUARTER) + lane % QUARTER
             real = (lane < LANES) & (column < outputs)
             y0, y1, y2, y3 = _coded(
-                u, two, ready, record, arena, levels, group * BLOCKS, outputs, KIND, QUARTER, K, L, BLOCKS, COUNT
-            )  # fmt: skip
-            there = end8 > 0
-            _store_quarter(added, column, outputs, y0, real, there)
-            _store_quarter(added, column + QUARTER, outputs, y1, real, there)
-            _store_quarter(added, column + 2 * QUARTER, outputs, y2, real, there)
-            _store_quarter(added, column + 3 * QUARTER, outputs, y3, real, there)
+                u, two, number, count, record, arena, levels, group * BLOCKS, outputs, KIND, QUARTER, K, L, BLOCKS
+            )
+            _store_quarter(added, column, outputs, y0, real)
+            _store_quarter(added, column + QUARTER, outputs, y1, real)
+            _store_quarter(added, column + 2 * QUARTER, outputs, y2, real)
+            _store_quarter(added, column + 3 * QUARTER, outputs, y3, real)
+            # What other threads of this program have stored can be read now.
+            tl.debug_barrier()
+        else:
+            await_count(number, count)
+        if end8 > 0:
+            sums = _plus_wide(tl.zeros([WIDE, 4 * L], tl.float32), u, values, direction, first)
+            for start in range(WIDE, end16, WIDE):
+                values = _wide_tile(rows16, at16, start + direction, end16, inside, 4 * QUARTER)
+                sums = _plus_wide(sums, u, values, start + direction, end16)
+            for start in range(tl.where(exact, end16, WIDE), end8, WIDE):
+                values = _wide_tile(rows8, at8, start + direction, end8, inside, 4 * QUARTER)
+                sums = _plus_wide(sums, u, values, start + direction, end8)
+            before = tl.load(added + wide, mask=inside & (end2 > end8), other=0.0, cache_modifier=".cg")
+            tl.store(added + wide, before + tl.sum(sums, axis=0), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -194,7 +210,7 @@ class Cut:
     @classmethod
     def of(cls, batch: int) -> Cut:
         """The best found."""
-        return cls(64, 32, 32) if batch == 1 else cls(512, 8, 4)
+        return cls(64, 32, 32) if batch == 1 else cls(512, 4, 4)
 
     def blocks(self, columns: int) -> int:
         """Of a program, where they have so many columns."""

@@ -67,14 +67,6 @@ def wait(PDL: tl.constexpr):
         gdc_wait()
 
 
-@triton.jit
-def await_count(number, COUNT: tl.constexpr):
-    """Until a number in memory is so high. One thread looks for all; only its first and last look empty its cache."""
-    while tl.atomic_add(number, 0, sem="acquire") < COUNT:
-        while tl.atomic_add(number, 0, sem="relaxed") < COUNT:
-            pass
-
-
 @lru_cache(maxsize=16)
 def dependent(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch on `device`: the constexpr `PDL`, and what makes Triton launch that way.

@@ -24,6 +24,7 @@ from .adapters import NO_WORK, Update, Work, add_beside
 from .expand import Cut, expand_share
 from .launch import dependent, dot, release, wait
 from .norm import Norm, rstd_of
+from .ready import clear, tell_x
 from .shrink import Shares, shrink_share
 
 
@@ -169,20 +170,18 @@ def _linear(
         )  # fmt: skip
     elif EXPANDS > 0 and (program >= LATE) & (program < LATE + EXPANDS):
         expand_share(
-            added, u, two, ready, records, arena, levels, site, program - LATE, MEMBERS * SHARES, x.dtype.element_ty,
-            N0, N1, N2, R, MEMBERS, M, B, QUARTER, K, WIDE, L, LANES,
+            added, u, two, ready, records, arena, levels, site, program - LATE, x.dtype.element_ty, N0, N1, N2, R,
+            MEMBERS, M, B, SHARES, SHRINK_K, QUARTER, K, WIDE, L, LANES,
         )  # fmt: skip
     else:
         block = program - SHRINKS - tl.where(program < LATE, 0, EXPANDS)
         if LORA and block == 0:
             # Whoever looked at the numbers of the site before has ended.
             wait(PDL)
-            row = tl.arange(0, BATCH)
-            tl.store(ready + before * B + row, 0, mask=row < B)
+            clear(ready, before, B, BATCH)
             if SHRINKS == 0:
-                # x is there: `adapters` may begin.
-                tl.debug_barrier()
-                tl.atomic_xchg(ready + site * B + row, 1, mask=row < B, sem="release")
+                # `adapters` may begin.
+                tell_x(ready, site, B, BATCH)
         _weights(
             x, squares, w0, w1, w2, y, block, B, D, N0, N1, N2, NORM, IN, BLOCKS, PADDED, EPS, BATCH, N, BLOCK, PDL
         )  # fmt: skip

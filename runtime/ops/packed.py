@@ -277,6 +277,16 @@ def row_scales(arena, record, direction, mask, FORMAT: tl.constexpr, R: tl.const
 
 
 @triton.jit
+def units_of(record, K: tl.constexpr):
+    """Where units of K directions of one format end, those at 16, 8, 4 and 2 bits."""
+    end16, end8, end4, end2 = ends_of(record)
+    last16 = tl.cdiv(end16, K)
+    last8 = last16 + tl.cdiv(end8 - end16, K)
+    last4 = last8 + tl.cdiv(end4 - end8, K)
+    return last16, last8, last4, last4 + tl.cdiv(end2 - end4, K)
+
+
+@triton.jit
 def rows_of_b(arena, record, FORMAT: tl.constexpr, BYTES: tl.constexpr):
     """Pointer to direction 0 of block 0 of B' at a format, a row of which is BYTES long in a block, and how many bytes
     on the next block begins."""

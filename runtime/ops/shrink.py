@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import await_count, wait
+from .launch import wait
 from .packed import (
     FIRSTS,
     STARTS_A,
@@ -30,7 +30,9 @@ from .packed import (
     record_of,
     row_scales,
     two_bits,
+    units_of,
 )
+from .ready import await_x, line_of, tell_u
 
 _WEIGHT: tl.constexpr = tl.constexpr(WEIGHT)
 _STARTS: tl.constexpr = tl.constexpr(STARTS_A)
@@ -43,7 +45,7 @@ def _await_x(ready, first, WAIT: tl.constexpr, PDL: tl.constexpr):
     if WAIT:
         wait(PDL)
     elif first:
-        await_count(ready, 1)
+        await_x(ready)
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def shrink_share(
     weight = number(record, _WEIGHT).to(tl.float32, bitcast=True)
     x += row * D
     u += (row * MEMBERS + member) * R
-    ready += site * B + row
+    ready = line_of(ready, site, row, B)
     outputs = tl.where(member == 0, N0, tl.where(member == 1, N1, N2))
     kind = x.dtype.element_ty
     size: tl.constexpr = Q * kind.primitive_bitwidth // 8
@@ -165,11 +167,7 @@ def shrink_share(
             fetch_rows(arena, record, block, end16, end8, 1, size, PDL)
         fetch_rows(arena, record, block, end8, end4, 2, Q // 2, PDL)
         fetch_rows(arena, record, block, end4, end2, 3, Q // 4, PDL)
-    # Units of every format end here.
-    last16 = tl.cdiv(end16, K)
-    last8 = last16 + tl.cdiv(end8 - end16, K)
-    last4 = last8 + tl.cdiv(end4 - end8, K)
-    last2 = last4 + tl.cdiv(end2 - end4, K)
+    last16, last8, last4, last2 = units_of(record, K)
     # The first unit's directions are on their way before x is there.
     for unit in range(share, last2, SHARES):
         early = unit == share
@@ -193,11 +191,9 @@ def shrink_share(
             _coded_unit(
                 x, u, two, ready, arena, record, levels, first, end2, weight, early, 3, D, R, K, BLOCK // 4, WAIT, PDL
             )  # fmt: skip
-    # Who counts x sets the number, so nobody adds to it before.
-    _await_x(ready, share >= last2, WAIT, PDL)
-    # Nobody sees the number before what it counts.
-    tl.debug_barrier()
-    tl.atomic_add(ready, 1, sem="release")
+    # Who has no unit is not waited for, and leaves its place to others.
+    if share < last2:
+        tell_u(ready, member)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from runtime.engine.model import DOWN, MEMBERS, model_of, why_not
 from runtime.engine.step import Forward
 from runtime.engine.store import AdapterStore
 from runtime.ladder import Ladder
+from runtime.ops.ready import X
 from runtime.ops.resolve import reads_for
 from runtime.ops.shrink import Shares
 from tests.ops.ladders import RANK, mixed_ladder, random_adapter, stored
 from tests.ops.near import check_near
+from tests.ops.watched import makers
 from tests.runtime.reference import definition_hooks, handmade_ladder, seeded_model
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -143,8 +145,9 @@ class Batch:
         last = len(MEMBERS) * (self.model.shape.layers - 1) + DOWN
         counted = torch.zeros_like(b.ready)
         if self.uses:
-            shares = Shares.of(len(self.peers), self.model.shape.inner, RANK).programs
-            counted[last] = shares + (len(self.peers) > 1)
+            shares = Shares.of(len(self.peers), self.model.shape.inner, RANK)
+            counted[last, :, 0] = makers(self.forward.reads, last, shares)
+            counted[last, :, X] = len(self.peers) > 1
         assert torch.equal(b.ready, counted)
         for row, peer in enumerate(self.peers):
             count = len(peer.tokens) - STEPS + step + 1

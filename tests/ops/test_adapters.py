@@ -25,6 +25,7 @@ from runtime.ops.gated import gate_up
 from runtime.ops.linear import Tiles, linear
 from runtime.ops.norm import Norm
 from runtime.ops.packed import ALIGNMENT, ENDS, FIRSTS, ROWS, STARTS_B, STRETCH, Reads
+from runtime.ops.ready import LINE, X, nothing_ready
 from runtime.ops.reference import decode as reference
 from runtime.ops.residual import add_residual, squares_of
 from runtime.ops.resolve import Rows, reads_for, resolve
@@ -32,7 +33,7 @@ from runtime.ops.rotary import Heads, Pages, rotate
 from runtime.ops.shrink import Shares
 from tests.ops.ladders import RANK, factors, ladders_of, stored
 from tests.ops.near import arriving, check_guards, check_near, guarded, poisoned
-from tests.ops.watched import BEFORE, Seen, watched
+from tests.ops.watched import BEFORE, Seen, makers, watched
 
 HIDDEN, INNER, HEADS, KV_HEADS, CHANNELS = 116, 96, 3, 1, 20
 """A quarter of INNER is whole words, of HIDDEN an odd number."""
@@ -139,7 +140,7 @@ class Group:
         batch, device = len(self.uses), self.device
         u = poisoned(batch, len(self.names), RANK, device=device)
         added = poisoned(batch, sum(self.outputs), device=device)
-        ready = torch.full((len(MODULES), batch), UNUSED, dtype=torch.int32, device=device)
+        ready = torch.full_like(nothing_ready(len(MODULES), batch, device), UNUSED)
         before = 7 if self.site > 7 else 6
         ready[self.site], ready[before] = 0, BEFORE
         return Update(u, added, self.reads, self.site, MODULES[self.names[0]].columns, ready, before)
@@ -158,10 +159,14 @@ class Group:
             linear(self.x, weights, y, update=update, shares=shares, cut=cut, tiles=tiles)
         check_guards(y, update.u, update.added)
         check_near(y, *(reference.linear(own, weights) for own in (self.x, self.x.double())))
-        programs = (shares or Shares.of(batch, self.x.shape[1], RANK)).programs * len(self.names)
+        shares = shares or Shares.of(batch, self.x.shape[1], RANK)
+        programs = torch.stack([makers(self.reads, self.site + member, shares) for member in range(len(self.names))])
         wanted = torch.full_like(update.ready, UNUSED)
-        # Of several rows x is counted too.
-        wanted[self.site], wanted[update.before] = programs + (batch > 1), 0
+        wanted[self.site], wanted[update.before] = 0, BEFORE
+        wanted[update.before, :, : X + 1] = 0
+        wanted[self.site, :, : len(self.names)] = programs.T
+        # Of several rows it is said that x is there.
+        wanted[self.site, :, X] = batch > 1
         assert torch.equal(update.ready, wanted)
         if seen is not None:
             self.check_waits(seen, update, programs)
@@ -176,16 +181,18 @@ class Group:
         read = self.adapters.factors(self.uses, self.names[member], FP32)
         return [len(own[0]) if weight else 0 for own, (_, _, weight) in zip(read, self.uses, strict=True)]
 
-    def check_waits(self, seen: Seen, update: Update, programs: int) -> None:
-        """For all of their row's u those that need any, and of several rows for x those that make it."""
+    def check_waits(self, seen: Seen, update: Update, programs: Tensor) -> None:
+        """For all of a member's u those that need any, and of several rows for x those that make it."""
         batch, found = len(self.uses), set()
         for address, count in seen.waits:
-            site, row = divmod((address - update.ready.data_ptr()) // 4, batch)
-            found.add((site, row, count))
-        several = batch > 1
-        some = [max(own) for own in zip(*(self.counts(member) for member in range(len(self.names))), strict=True)]
-        wanted = {(self.site, row, several + programs) for row in range(batch) if some[row]}
-        assert found == wanted | {(self.site, row, 1) for row in range(batch) if several}
+            site, row = divmod((address - update.ready.data_ptr()) // 4, batch * LINE)
+            found.add((site, *divmod(row, LINE), count))
+        wanted = set()
+        for row, counts in enumerate(programs.T.tolist()):
+            wanted |= {(self.site, row, member, count) for member, count in enumerate(counts) if count}
+            if batch > 1 and any(counts):
+                wanted.add((self.site, row, X, 1))
+        assert found == wanted
 
     def check_fetched(self, seen: Seen) -> None:
         """The stretches of B' that are read, where they are whole units, once for each row; of several rows codes."""

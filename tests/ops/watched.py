@@ -13,12 +13,21 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from runtime.ops import adapters, expand, packed, shrink
+from runtime.ops import adapters, expand, packed, ready, shrink
 from runtime.ops.adapters import Update
 from runtime.ops.launch import INTERPRETED
+from runtime.ops.packed import ENDS, Reads
+from runtime.ops.shrink import Shares
 
 BEFORE = 17
 """What `ready` says of the site before."""
+
+
+def makers(reads: Reads, module: int, shares: Shares) -> Tensor:
+    """[B] int32: how many programs make some of u, as far as there are units of directions of one format."""
+    ends = reads.records[:, module, ENDS : ENDS + 4]
+    units = (ends.diff(prepend=torch.zeros_like(ends[:, :1])) / shares.directions).ceil().sum(1)
+    return units.clamp(max=shares.programs).int()
 
 
 class Late:
@@ -73,10 +82,10 @@ def watched(x: Tensor, update: Update) -> Iterator[Seen | None]:
         return
     seen = Seen(update, Late(x), Late(update.u))
 
-    def await_count(late: Late, number: Any, COUNT: int) -> None:
-        there = tl.load(number).handle.data.item()
-        assert there >= COUNT, f"a program waits for {COUNT}, and {there} is all that comes before it"
-        seen.waits.add((number.handle.data.item(), COUNT))
+    def await_count(late: Late, number: Any, count: Any) -> None:
+        there, wanted = tl.load(number).handle.data.item(), int(count)
+        assert there >= wanted, f"a program waits for {wanted}, and {there} is all that comes before it"
+        seen.waits.add((number.handle.data.item(), wanted))
         late.arrive()
 
     def record_of(late: Late, *arguments: Any) -> Any:
@@ -91,8 +100,9 @@ def watched(x: Tensor, update: Update) -> Iterator[Seen | None]:
         seen.ended += 1
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ready, "await_count", partial(await_count, seen.x))
+        patch.setattr(expand, "await_count", partial(await_count, seen.u))
         for module, late in ((shrink, seen.x), (expand, seen.u)):
-            patch.setattr(module, "await_count", partial(await_count, late))
             patch.setattr(module, "record_of", partial(record_of, late))
         patch.setattr(packed, "fetch", fetch)
         patch.setattr(adapters, "wait", wait)
