@@ -1,15 +1,14 @@
 """What rows' own adapters add to linears: B'u, made beside the multiplication of the weights by the same x.
 
-    u = weight * scale * A'x      some programs (`shrink`), each of which then raises a number that belongs to the row
-    B'u                           others (`expand`), which wait until that number says that all of the row's u is there
+    u = weight * scale * A'x      some programs (`shrink`), each of which then counts in a number of the row and member
+    B'u                           others (`expand`), which wait until that number says that all of u is there (`ready`)
 
 Programs start in order, and none waits for one behind it, so whoever is waited for runs. While one waits the first
-directions that it is to read are on their way, but for numbers of B'. Who consumes what the linears put out adds B'u to
-it (`settle`).
+directions that it is to read are on their way. Who consumes what the linears put out adds B'u to it (`settle`).
 
 Of one row these are programs of the linear's launch: the first make u, and those in the middle B'u, while the others
 read weights, so memory is never idle. Of more rows they are a launch of their own, which does not wait for the linear
-before it to end: the linear says by the same number that x is there. Products of many rows hold so much shared memory
+before it to end: the linear says by another number that x is there. Products of many rows hold so much shared memory
 that little else fits beside programs of their shape.
 
 Shape legend: B rows, D inputs, N_i outputs of a member, R directions at most, M modules.

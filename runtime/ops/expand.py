@@ -1,8 +1,8 @@
 """B'u: what a row's own adapter adds to the outputs of a member, where all of u is there.
 
 A program has a row and a few blocks of a member's outputs, of each of which all directions lie in one stretch of the
-arena, the active ones first. Directions whose values lie as numbers are summed column by column. Those in few bits come
-as four quarters of a block at once, which is how codes are packed (`packed`), and are added to what the others left.
+arena, the active ones first. Directions in few bits come as four quarters of a block at once, which is how codes are
+packed (`packed`). Those whose values lie as numbers are summed column by column, and added to what the others left.
 
 Whose programs these are: `adapters`.
 
