@@ -81,12 +81,17 @@ def returned(records: Sequence[dict[str, Any]], bandwidth: float) -> list[list[s
         both = [(other["peer"] or {}).get(GRAPH, {}).get("ms_per_step") for other in (exact, own)]
         lines.append(
             [
-                own["name"], f"{(exact['ms_per_step'] - own['ms_per_step']) / would:.0%}",
-                "" if None in both else f"{(both[0] - both[1]) / peers:.0%}",
+                own["name"], _percent((exact["ms_per_step"] - own["ms_per_step"]) / would),
+                "" if None in both else _percent((both[0] - both[1]) / peers),
                 f"{own['ms_per_step'] / none['ms_per_step'] - 1:.1%}",
             ]
         )  # fmt: skip
     return lines
+
+
+def _percent(share: float) -> str:
+    """Whole per cent; next to nothing has no sign."""
+    return f"{round(share, 2) + 0.0:.0%}"
 
 
 def _batch(record: dict[str, Any]) -> tuple[int, int]:

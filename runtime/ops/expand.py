@@ -165,9 +165,9 @@ def expand_share(
         rows16, at16 = _wide_rows(arena, record, wide, 0, KIND, 4 * QUARTER)
         rows8, at8 = _wide_rows(arena, record, wide, 1, KIND, 4 * QUARTER)
         exact = end16 > 0
-        first = tl.where(exact, end16, end8)
+        end = tl.where(exact, end16, end8)
         values = _wide_tile(
-            tl.where(exact, rows16, rows8), tl.where(exact, at16, at8), direction, first, inside, 4 * QUARTER
+            tl.where(exact, rows16, rows8), tl.where(exact, at16, at8), direction, end, inside, 4 * QUARTER
         )
         if end2 > end8:
             lane = tl.arange(0, L)
@@ -185,7 +185,7 @@ def expand_share(
         else:
             await_count(number, count)
         if end8 > 0:
-            sums = _plus_wide(tl.zeros([WIDE, 4 * L], tl.float32), u, values, direction, first)
+            sums = _plus_wide(tl.zeros([WIDE, 4 * L], tl.float32), u, values, direction, end)
             for start in range(WIDE, end16, WIDE):
                 values = _wide_tile(rows16, at16, start + direction, end16, inside, 4 * QUARTER)
                 sums = _plus_wide(sums, u, values, start + direction, end16)

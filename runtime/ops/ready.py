@@ -37,7 +37,7 @@ def line_of(ready, site, row, B: tl.constexpr):
 def clear(ready, site, B: tl.constexpr, ROWS: tl.constexpr):
     """Put a site back, of which nobody looks at a number any more; ROWS: a power of two from B on."""
     row = tl.arange(0, ROWS)[:, None]
-    tl.store(line_of(ready, site, row, B) + tl.arange(0, 4)[None, :], 0, mask=row < B)
+    tl.store(line_of(ready, site, row, B) + tl.arange(0, _X + 1)[None, :], 0, mask=row < B)
 
 
 @triton.jit

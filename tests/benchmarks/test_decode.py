@@ -183,6 +183,8 @@ def test_what_comes_back_is_told_of_the_bytes_that_a_rung_saves(records):
     uniform, traced = returned([*several, *told], 1e9)[2:]
     assert len(uniform) == len(RETURNED)
     assert uniform == [told[3]["name"], "75%", "40%", f"{0.125 * would:.1%}"]
+    told[3]["peer"] = {opponents.GRAPH: {"ms_per_step": 9.0 + 0.004 * peers}}
+    assert returned([*several, *told], 1e9)[2][2] == "0%", "a little less than nothing is nothing"
     assert traced[2] == ""
     saved = (records[1]["bytes"] - records[4]["bytes"]) / 1e6
     assert traced[1] == f"{would / saved:.0%}"

@@ -10,7 +10,7 @@ import torch
 from policy import SIGNALS, PercentilePolicy, Summary
 from policy.percentile import CHUNK, COMPLEXITY, TOKEN
 from policy.settings import TOKEN_SIGNALS
-from training.compare.hindsight import table_oracle
+from training.compare.hindsight import oracle_rungs, table_oracle
 from training.compare.thresholds import SPREADS, Seen, best_thresholds, candidates
 
 RUNGS = (2, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -196,3 +196,19 @@ def test_finer_choices_lose_less_and_all_of_one_loses_what_a_rung_does():
         assert all(one < other for one, other in zip(finer, coarser, strict=True))
     one = [torch.stack([tables[0].mean(0)] * 64)]
     assert table_oracle(one, RANKS, aims, 1) == pytest.approx([float(tables[0][:, rung].mean()) for rung in (1, 2)])
+
+
+def test_the_oracle_meets_its_mean_rank_with_the_least_damage():
+    generator = torch.Generator().manual_seed(0)
+    damage = torch.rand(6, 4, generator=generator).sort(dim=1, descending=True).values
+    damage[:, -1] = 0
+    ranks, tokens = torch.tensor([2.0, 4.0, 8.0, 16.0]), torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0])
+    rungs = oracle_rungs(damage, tokens, ranks, 8.0)
+    mean = float((ranks[rungs] * tokens).sum() / tokens.sum())
+    assert mean <= 8.0
+    mine = float((damage.gather(1, rungs[:, None])[:, 0] * tokens).sum())
+    choices = torch.cartesian_prod(*[torch.arange(4)] * 6)
+    means = (ranks[choices] * tokens).sum(1) / tokens.sum()
+    totals = (damage[torch.arange(6), choices] * tokens).sum(1)
+    # No assignment of at most the mean rank it ended at does better.
+    assert mine <= float(totals[means <= mean + 1e-6].min()) + 1e-5
