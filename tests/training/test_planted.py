@@ -5,6 +5,7 @@ it, on a model whose adapter does something at some tokens alone.
 """
 
 import functools
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from tests.training.synthetic import RANKS, RUNGS, SCALES, chunk_samples, shuffl
 from tests.training.table_bench import TableBench, TableOracle
 from training.amounts import Amounts
 from training.compare.curves import Curve, fixed_curve, oracle_curve, policy_curve
+from training.compare.hindsight import Oracle
 from training.compare.verdict import judge
 from training.documents import Corpus
 from training.fit import main
@@ -221,7 +223,15 @@ def real(case, tiny_llama_factory, make_peft_adapter, tmp_path_factory) -> Real:
     return Real(root, case.arguments(None, **changes))
 
 
-def test_a_real_fit_captures_headroom_that_is_planted_in_its_model(real, capsys):
+def test_a_real_fit_captures_headroom_that_is_planted_in_its_model(real, capsys, monkeypatch):
+    runs, original = [], Oracle._measure
+
+    def noted(self, *args):
+        found = original(self, *args)
+        runs.append([scores.value("kl") for scores in found])
+        return found
+
+    monkeypatch.setattr(Oracle, "_measure", noted)
     summary = real.run("found")
     assert summary["compared_at"] == [2, 3, 4]
     assert summary["headroom"]["interval_95"][0] > 0
@@ -229,9 +239,11 @@ def test_a_real_fit_captures_headroom_that_is_planted_in_its_model(real, capsys)
     assert summary["bytes_saved"]["interval_95"][0] > 0.4
     assert summary["exported"] == "learned", summary["reason"]
     assert "percentile: difficulty of the token, sign +1, a band of 2 rungs" in capsys.readouterr().out
-    # No token's rung reaches another's: here what tables of uniform runs promise is what a mixed run gives.
-    oracle = summary["kl_at"]["oracle"]
-    assert summary["oracle_by_table"]["chunks of 1"] == pytest.approx(oracle, rel=0.03)
+    # No token's rung reaches another's: here what tables of uniform runs promise is what a mixed run of the same rungs
+    # gives. The curve may have a second run, of other rungs: the prompt's last token reads the rung aimed at, so that
+    # the mean is off by a token a document.
+    assert summary["oracle_by_table"]["chunks of 1"] == pytest.approx(runs[0], rel=0.002)
+    assert {point["kl"] for point in summary["curves"]["oracle"]} <= set(itertools.chain(*runs))
     coarse = summary["oracle_by_table"]["chunks of 4"]
     assert all(own < held for own, held in zip(summary["kl_at"]["learned"], coarse, strict=True)), "a rung a token"
 
