@@ -185,13 +185,18 @@ def expand_share(
         else:
             await_count(number, count)
         if end8 > 0:
-            sums = _plus_wide(tl.zeros([WIDE, 4 * L], tl.float32), u, values, direction, end)
-            for start in range(WIDE, end16, WIDE):
-                values = _wide_tile(rows16, at16, start + direction, end16, inside, 4 * QUARTER)
+            sums = tl.zeros([WIDE, 4 * L], tl.float32)
+            # Of each tile the next is on its way while it is added.
+            for start in range(0, end16, WIDE):
+                ahead = _wide_tile(rows16, at16, start + WIDE + direction, end16, inside, 4 * QUARTER)
                 sums = _plus_wide(sums, u, values, start + direction, end16)
-            for start in range(tl.where(exact, end16, WIDE), end8, WIDE):
-                values = _wide_tile(rows8, at8, start + direction, end8, inside, 4 * QUARTER)
+                values = ahead
+            if exact:
+                values = _wide_tile(rows8, at8, end16 + direction, end8, inside, 4 * QUARTER)
+            for start in range(end16, end8, WIDE):
+                ahead = _wide_tile(rows8, at8, start + WIDE + direction, end8, inside, 4 * QUARTER)
                 sums = _plus_wide(sums, u, values, start + direction, end8)
+                values = ahead
             before = tl.load(added + wide, mask=inside & (end2 > end8), other=0.0, cache_modifier=".cg")
             tl.store(added + wide, before + tl.sum(sums, axis=0), mask=inside)
 
