@@ -42,9 +42,17 @@ def _wide_tile(rows, at, direction, end, real, Q: tl.constexpr):
 
 
 @triton.jit
-def _plus_wide(sums, u, values, direction, end):
-    """sums [WIDE, C] and a tile of numbers by their factor."""
-    return sums + _factor(u, direction, end)[:, None] * values.to(tl.float32)
+def _plus_wide(sums, u, values, rows, at, first, end, real, WIDE: tl.constexpr, Q: tl.constexpr):
+    """sums [WIDE, C] and numbers of directions from `first` on, those below `end`, by their factor.
+
+    `values` is their first tile; of each the next is on its way while it is added.
+    """
+    direction = tl.arange(0, WIDE)
+    for start in range(first, end, WIDE):
+        ahead = _wide_tile(rows, at, start + WIDE + direction, end, real, Q)
+        sums += _factor(u, start + direction, end)[:, None] * values.to(tl.float32)
+        values = ahead
+    return sums
 
 
 @triton.jit
@@ -186,17 +194,10 @@ def expand_share(
             await_count(number, count)
         if end8 > 0:
             sums = tl.zeros([WIDE, 4 * L], tl.float32)
-            # Of each tile the next is on its way while it is added.
-            for start in range(0, end16, WIDE):
-                ahead = _wide_tile(rows16, at16, start + WIDE + direction, end16, inside, 4 * QUARTER)
-                sums = _plus_wide(sums, u, values, start + direction, end16)
-                values = ahead
+            sums = _plus_wide(sums, u, values, rows16, at16, 0, end16, inside, WIDE, 4 * QUARTER)
             if exact:
                 values = _wide_tile(rows8, at8, end16 + direction, end8, inside, 4 * QUARTER)
-            for start in range(end16, end8, WIDE):
-                ahead = _wide_tile(rows8, at8, start + WIDE + direction, end8, inside, 4 * QUARTER)
-                sums = _plus_wide(sums, u, values, start + direction, end8)
-                values = ahead
+            sums = _plus_wide(sums, u, values, rows8, at8, end16, end8, inside, WIDE, 4 * QUARTER)
             before = tl.load(added + wide, mask=inside & (end2 > end8), other=0.0, cache_modifier=".cg")
             tl.store(added + wide, before + tl.sum(sums, axis=0), mask=inside)
 
