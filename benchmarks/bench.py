@@ -14,15 +14,17 @@ from torch import Tensor
 
 from policy.fixed import FixedPolicy
 from policy.learned import LearnedPolicy
-from policy.operating import Operating
-from policy.settings import FULL_KV, Settings
+from policy.operating import KVRows, Operating
+from policy.settings import FULL_KV, PAGE_TOKENS, KVSettings, Settings
 from runtime.control.bucket import Offer
 from runtime.control.stream import Stream
-from runtime.engine.buffers import Pool
 from runtime.engine.control import Ladders
 from runtime.engine.decoder import Bucket, Decoder, pages_for
 from runtime.engine.model import Model, model_of
+from runtime.engine.page_pool import Pool, kv_bytes, place, set_policy
 from runtime.engine.store import AdapterStore, needed_bytes
+from runtime.kv.formats import FULL, INT4, INT8
+from runtime.kv.units import Units
 from runtime.ladder import Ladder
 
 from .cases import Case
@@ -35,6 +37,8 @@ from .shapes import build_model, kv_token_bytes, weight_bytes
 STEPS = 64
 """Of a run: a trace is replayed whole, and a row's log holds as many."""
 
+KV_POLICY = KVSettings()
+"""Of pages that are in fewer bits."""
 KV = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Pages are in the model's dtype."""
 
@@ -64,7 +68,7 @@ class Bench:
 
         def run() -> float:
             # So that a step reads `context` tokens on average: it counts its own before it reads.
-            decoder.buffers.lengths.fill_(case.context - (STEPS + 1) // 2)
+            self._place(case, decoder)
             decoder.generated.count.zero_()
             if decoder.controller is not None:
                 decoder.controller.state.step.zero_()
@@ -74,14 +78,17 @@ class Bench:
         times = [run() for _ in range(repeats)]
         self._check(case, decoder, rungs)
         held, adapter_bytes = spread(times), self._adapter_bytes(case, rungs)
-        read = weight_bytes(self.hf) + adapter_bytes + case.batch * case.context * kv_token_bytes(self.hf)
+        kv = self._kv_bytes(case, decoder)
+        read = weight_bytes(self.hf) + adapter_bytes + kv
         return {
             "name": case.name, "shape": self.shape, "batch": case.batch, "adapters": case.adapters,
-            "context": case.context, "rung": case.rung, "kv": KV[self.model.dtype],
+            "context": case.context, "rung": case.rung,
+            "kv": KV[self.model.dtype] if case.int8_share is None else "mixed",
             "controller": case.controller, "ms_per_step": held["median"], "spread": held, "bytes": read,
             "floor_ms": 1000 * read / bandwidth,
             "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            "kv_share": 1.0, "adapter_bytes": adapter_bytes, "peer": None, **self._details(case),
+            "kv_bytes": kv, "kv_share": kv / self._full_bytes(case), "adapter_bytes": adapter_bytes, "peer": None,
+            **self._details(case),
         }  # fmt: skip
 
     def _details(self, case: Case) -> dict[str, Any]:
@@ -144,21 +151,69 @@ class Bench:
         spent = torch.tensor([*read_bytes(self.model.modules().values(), self.model.dtype).values()]).double()
         return round(case.batch * float(spent[rungs.long()].mean()))
 
+    def _formats(self, case: Case) -> tuple[Tensor, int]:
+        """[B, pages] formats of every row's pages before a run, as the default KV policy leaves them, and how many of a
+        row's pages are settled."""
+        start = case.context - (STEPS + 1) // 2
+        formats = torch.full((case.batch, pages_for(start)), FULL)
+        if case.int8_share is None:
+            return formats, 0
+        settled = max(0, start - KV_POLICY.window_tokens) // PAGE_TOKENS
+        coded = formats[:, KV_POLICY.sink_pages : settled]
+        # Spread evenly: formats change along a text.
+        place_of = torch.arange(coded.shape[1]) * case.int8_share
+        coded.copy_(torch.where((place_of + case.int8_share).floor() > place_of.floor(), INT8, INT4).expand_as(coded))
+        return formats, settled
+
+    def _place(self, case: Case, decoder: Decoder) -> None:
+        """Rows as a run begins, of so many tokens that a step reads `context` of them on average: it counts its own
+        before it reads."""
+        formats, settled = self._formats(case)
+        lengths = [case.context - (STEPS + 1) // 2] * case.batch
+        place(decoder.pool, decoder.buffers.tables, decoder.buffers.turned, formats, lengths, [settled] * case.batch)
+        decoder.buffers.kept.complexity.zero_()
+
+    def _pool(self, case: Case) -> Pool:
+        """With no more room than a run takes: what there is, what is begun, and what is given back a step later."""
+        formats, _ = self._formats(case)
+        coded = case.int8_share is not None
+        units = Units(self.model.shape.kv_heads, self.model.shape.head_dim, self.model.dtype.itemsize, coded)
+        begun = pages_for(case.context + STEPS) - formats.shape[1]
+        more = units.of(FULL) * begun if not coded else 2 * units.of(FULL) + units.of(INT8) * begun
+        held = sum(int((formats == code).sum()) * units.of(code) for code in ((FULL, INT8, INT4) if coded else (FULL,)))
+        pool = Pool.of(self.model, held + case.batch * more, coded)
+        pool.memory.random_(0, 64)  # small numbers in any format
+        return pool
+
+    def _full_bytes(self, case: Case) -> int:
+        """Keys and values of a step in the model's dtype."""
+        return case.batch * case.context * kv_token_bytes(self.hf)
+
+    def _kv_bytes(self, case: Case, decoder: Decoder) -> int:
+        """What a step reads of keys and values, all rows together, on average: between a run's begin and end."""
+        if case.int8_share is None:
+            return self._full_bytes(case)
+        tables, units, layers = decoder.buffers.tables, decoder.pool.units, self.model.shape.layers
+        start = case.context - (STEPS + 1) // 2
+        after = kv_bytes(tables, [start + STEPS] * case.batch, units, layers)
+        self._place(case, decoder)
+        return (after + kv_bytes(tables, [start] * case.batch, units, layers)) // 2
+
     def _decoder(self, case: Case, rungs: Tensor | None) -> Decoder:
         device, rows = self.model.device, case.batch
         pages = pages_for(case.context + STEPS)
-        settings = Settings(kv=FULL_KV)
+        kv = FULL_KV if case.int8_share is None else KV_POLICY
+        settings = Settings(kv=kv)
         policy: Any = LearnedPolicy(tuple(MIX)) if case.controller else FixedPolicy(tuple(MIX))
         policy = policy.to(device)
         ladders = None
         if rungs is not None:
             ladders = Ladders.of(case.adapters, self.model.shape.vocabulary, len(MIX), device)
         decoder = Decoder(
-            self.model, Pool.of(self.model, rows * pages), self._store, ladders, policy, settings,
+            self.model, self._pool(case), self._store, ladders, policy, settings,
             Bucket(rows, pages, STEPS, 1, case.controller),
             trace=rungs.to(device) if rungs is not None and case.controller else None,
         )  # fmt: skip
-        decoder.buffers.table.copy_(torch.arange(rows * pages, dtype=torch.int32).view(rows, pages))
         if decoder.controller is not None and rungs is not None:
             spent = self._some_ladder().rung_bytes()
             start = rungs[:, 0].long()
@@ -167,6 +222,7 @@ class Bench:
             # Far apart, where there are more adapters than rows.
             slots = torch.arange(rows) * max(1, case.adapters // rows) % case.adapters
             decoder.controller.load(torch.arange(rows, device=device), stream, slots.int().to(device))
+        set_policy(decoder.buffers.kept, KVRows.of([kv] * rows))
         decoder.generated.ended.zero_()
         return decoder
 

@@ -11,6 +11,8 @@ from .traces import Trace
 UNIFORM = (16, 8, 4)
 RESIDENT_ROWS, RESIDENT_ADAPTERS, RESIDENT_RUNG = 64, 256, 16
 """Many adapters, of which no more than a rung is in memory."""
+INT8_SHARES = (0.0, 0.25, 1.0)
+"""A quarter makes 40 % of the bytes of bf16 at 2,048 tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Case:
     trace: Trace | None = None
     resident_rung: int | None = None
     """The highest that is in memory; None: all are"""
+    int8_share: float | None = None
+    """Of the pages that sinks and window leave, those in int8, the others in int4; None: all in the model's dtype"""
 
     @property
     def name(self) -> str:
@@ -37,11 +41,15 @@ class Case:
         rung = "exact" if self.rung == RANK else f"rung {self.rung}"
         what = f"trace around {rung}" if self.trace else rung + (", deciding" if self.controller else "")
         resident = "" if self.resident_rung is None else f" resident at rung {self.resident_rung}"
-        return f"{self.adapters} adapter{'s' * (self.adapters > 1)}{resident}, {what}"
+        pages = "" if self.int8_share is None else f", KV int8 {self.int8_share:.0%} and int4"
+        return f"{self.adapters} adapter{'s' * (self.adapters > 1)}{resident}, {what}{pages}"
 
 
-def cases(context: int, batch_context: int, adapters: int, traces: Sequence[Trace]) -> Iterator[Case]:
-    """One row and 32: nothing, exact, with the controller, lower rungs, and traces around them; then many adapters.
+def cases(
+    context: int, batch_context: int, long_context: int, adapters: int, traces: Sequence[Trace]
+) -> Iterator[Case]:
+    """One row and 32: nothing, exact, with the controller, lower rungs, and traces around them; then many adapters, and
+    pages in fewer bits, of 32 rows and of a long text.
 
     Raises ValueError for a trace around a rung that `MIX` has not.
     """
@@ -60,3 +68,7 @@ def cases(context: int, batch_context: int, adapters: int, traces: Sequence[Trac
         for trace in traces:
             yield Case(batch, tokens, int(trace.around), resident, controller=True, trace=trace)
     yield Case(RESIDENT_ROWS, context, RESIDENT_RUNG, RESIDENT_ADAPTERS, resident_rung=RESIDENT_RUNG)
+    for share in INT8_SHARES:
+        yield Case(32, batch_context, 8, adapters, True, resident_rung=RESIDENT_RUNG, int8_share=share)
+    for long in (None, *INT8_SHARES):
+        yield Case(1, long_context, RANK, 1, controller=True, int8_share=long)

@@ -86,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-7b")
     parser.add_argument("--context", type=int, default=512, help="of the single row, and of 64")
     parser.add_argument("--batch-context", type=int, default=2048, help="of 32 rows")
+    parser.add_argument("--long-context", type=int, default=32768, help="of the row whose pages are in fewer bits")
     parser.add_argument("--adapters", type=int, default=32, help="resident with 32 rows")
     parser.add_argument("--trace", default=str(DEFAULT), help="rungs that were chosen on real text")
     parser.add_argument("--repeats", type=int, default=5)
@@ -96,7 +97,13 @@ def arguments() -> argparse.Namespace:
     tokens = Whole(2 * STEPS, 10**6)
     return parse(
         parser,
-        {"context": tokens, "batch-context": tokens, "adapters": Whole(1, 4096), "repeats": Whole(1, 10**4)},
+        {
+            "context": tokens,
+            "batch-context": tokens,
+            "long-context": tokens,
+            "adapters": Whole(1, 4096),
+            "repeats": Whole(1, 10**4),
+        },
     )
 
 
@@ -110,7 +117,7 @@ def benchmark(args: argparse.Namespace) -> None:
     device = default_device()
     path = result_path(args.output or args.into, f"decode-{args.shape}-{device_slug(device)}")
     traces = load_traces(Path(args.trace))
-    wanted = list(cases(args.context, args.batch_context, args.adapters, traces))
+    wanted = list(cases(args.context, args.batch_context, args.long_context, args.adapters, traces))
     known = None if args.into is None else load_record(Path(args.into))
     require_gpu(device)
     if known is not None and (known["shape"], known["device"]) != (args.shape, device_name(device)):
@@ -127,7 +134,7 @@ def measure(
     bandwidth = read_bandwidth(device)
     print(f"{args.shape}, bfloat16, random weights, {device_name(device)}; gate: {passed}")
     print(f"limit: {bandwidth / 1e12:.3f} TB/s (read)", flush=True)
-    bench = Bench(args.shape, torch.bfloat16, device, max(args.context, args.batch_context) + STEPS)
+    bench = Bench(args.shape, torch.bfloat16, device, max(args.context, args.batch_context, args.long_context) + STEPS)
     if known is not None:
         record = known
     else:

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from policy.learned import LearnedPolicy
 from policy.operating import Operating
-from policy.settings import FULL_KV, PAGE_TOKENS, Settings
+from policy.settings import FULL_KV, Settings
 from runtime.control.bucket import Offer
 from runtime.control.stream import Stream
 from runtime.engine.control import Controller, Ladders
 from runtime.engine.decoder import pages_for, probed_layers, splits_for
 from runtime.engine.model import DOWN, GATE_UP, MEMBERS, OUT, QKV, Layer, Linears, Model
 from runtime.engine.store import AdapterStore, Module
+from runtime.kv.units import Units
 from runtime.ladder import Ladder
 from runtime.ops.adapters import Update
 from runtime.ops.attention import AttentionScratch, decode_attention
@@ -39,11 +40,12 @@ from runtime.ops.gated import gate_up
 from runtime.ops.linear import linear
 from runtime.ops.norm import Norm
 from runtime.ops.packed import Reads
+from runtime.ops.pages import Pages, PageTables
 from runtime.ops.ready import nothing_ready
 from runtime.ops.reference.sampling import Generated, Sampling, SamplingRows
 from runtime.ops.residual import add_residual, squares_of
 from runtime.ops.resolve import Rows, reads_for, resolve
-from runtime.ops.rotary import Heads, Pages, rotate
+from runtime.ops.rotary import Heads, rotate
 from runtime.ops.sampling import SamplingScratch, sample
 
 from .ladders import MIX, RANK, read_bytes
@@ -211,12 +213,12 @@ class Kernels:
         model, s = self.model, self.model.shape
         query = self._random(self.batch, s.heads, s.head_dim, dtype=model.dtype)
         out = torch.empty(self.batch, s.heads * s.head_dim, dtype=model.dtype, device=model.device)
-        splits = splits_for(self.batch, s.kv_heads)
+        splits = splits_for(self.batch, s.kv_heads, pages_for(self.context), coded=False)
         scratch = AttentionScratch.of(self.batch, s.heads, s.head_dim, splits, model.device) if splits > 1 else None
         launches = [
             partial(
-                decode_attention, query, pages.keys, pages.values, pages.table, pages.lengths, out, scratch,
-                splits=splits, scale=s.head_dim**-0.5, window=layer.window,
+                decode_attention, query, pages, out, scratch, splits=splits, scale=s.head_dim**-0.5,
+                window=layer.window,
             )
             for pages, layer in zip(self._pages(s.layers), model.layers, strict=False)
         ]  # fmt: skip
@@ -226,14 +228,15 @@ class Kernels:
     def _pages(self, layers: int) -> list[Pages]:
         """Full pages of so many layers, of fewer where they take more than `POOL_BYTES`."""
         s, device, pages = self.model.shape, self.model.device, pages_for(self.context)
-        one = 2 * self.batch * pages * PAGE_TOKENS * s.kv_heads * s.head_dim * self.model.dtype.itemsize
-        table = torch.arange(self.batch * pages, dtype=torch.int32, device=device).view(self.batch, pages)
-        lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=device)
+        units = Units(s.kv_heads, s.head_dim, self.model.dtype.itemsize, coded=False)
+        tables = PageTables.of(self.batch, pages, units, device)
+        tables.full.copy_(torch.arange(self.batch * pages).view(self.batch, pages, 1))
+        tables.lengths.fill_(self.context)
         found = []
-        for _ in range(min(layers, max(1, POOL_BYTES // one))):
-            shape = (self.batch * pages, s.kv_heads, PAGE_TOKENS, s.head_dim)
-            keys, values = (torch.randn(shape, dtype=self.model.dtype, device=device) for _ in range(2))
-            found.append(Pages(keys, values, table, lengths))
+        for _ in range(min(layers, max(1, POOL_BYTES // (self.batch * pages * units.bytes)))):
+            numbers = units.head_bytes // units.itemsize
+            memory = self._random(self.batch * pages, s.kv_heads, numbers, dtype=self.model.dtype)
+            found.append(Pages(memory.view(torch.uint8), tables, units))
         return found
 
     def _controller(self) -> Kernel:

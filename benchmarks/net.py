@@ -61,7 +61,7 @@ def rows_of(found: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _rows(record: dict[str, Any]) -> tuple[Any, ...]:
-    return record["batch"], record["context"], record["adapters"], record.get("resident_rung")
+    return record["batch"], record["context"], record["adapters"], record.get("resident_rung"), record["kv"]
 
 
 def returned(records: Sequence[dict[str, Any]], bandwidth: float) -> list[list[str]]:

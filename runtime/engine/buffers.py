@@ -1,6 +1,6 @@
 """The tensors whose addresses a captured graph holds: made once for a batch bucket, written in place ever after.
 
-Shape legend: B rows, D hidden, F inner, V vocabulary, L layers, P pages.
+Shape legend: B rows, D hidden, F inner, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -10,37 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policy.settings import PAGE_TOKENS
-
+from ..kv.units import Units
 from ..ops.attention import AttentionScratch
 from ..ops.norm import Norm
+from ..ops.pages import PagePolicy, Pages, PageTables, Turned
 from ..ops.ready import nothing_ready
 from ..ops.residual import squares_of
 from ..ops.resolve import Rows
-from ..ops.rotary import Pages
 from .model import MEMBERS, Model
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Pages of all layers: page number n is page n in each of them."""
-
-    keys: tuple[Tensor, ...]
-    """L of [P, Hkv, 16, head_dim] in the model's dtype"""
-    values: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, model: Model, pages: int) -> Pool:
-        """Zeroed pages: what lies behind a row's last token is multiplied by a weight of 0, and must not be NaN."""
-        shape = (pages, model.shape.kv_heads, PAGE_TOKENS, model.shape.head_dim)
-        keys, values = (
-            tuple(torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers) for _ in range(2)
-        )
-        return cls(keys, values)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(own.nbytes for own in (*self.keys, *self.values))
+from .page_pool import Pool
 
 
 @dataclass(frozen=True)
@@ -50,10 +28,12 @@ class Buffers:
     rows: Rows
     tokens: Tensor
     """[B] long: the tokens about to be processed"""
-    lengths: Tensor
-    """[B] int32: tokens of every row whose keys and values are there; 0: not in use"""
-    table: Tensor
-    """[B, pages of a row] int32"""
+    tables: PageTables
+    """Which pages every row has, and how many tokens"""
+    turned: Turned
+    """What has become of pages at this step"""
+    kept: PagePolicy
+    """What becomes of them"""
     r: Tensor
     """[B, D] float32, the residual"""
     normed: Tensor
@@ -81,8 +61,10 @@ class Buffers:
     """[probes, B, H] float32: attention mass beyond the recent pages in the layers that are listened to"""
 
     @classmethod
-    def of(cls, model: Model, rows: int, pages: int, directions: int, probes: int, splits: int) -> Buffers:
-        """For `rows` rows of up to `pages` pages, adapters of up to `directions` directions."""
+    def of(
+        cls, model: Model, units: Units, rows: int, pages: int, directions: int, probes: int, splits: int
+    ) -> Buffers:  # fmt: skip
+        """For `rows` rows of up to `pages` pages in such units, adapters of up to `directions` directions."""
         s, device, dtype = model.shape, model.device, model.dtype
         attended = s.heads * s.head_dim
         widest = max(attended + 2 * s.kv_heads * s.head_dim, 2 * s.inner, s.hidden)
@@ -94,8 +76,9 @@ class Buffers:
             rows=Rows(torch.full((rows,), -1, dtype=torch.int32, device=device), zeros(rows, dtype=torch.int32),
                       zeros(rows)),
             tokens=zeros(rows, dtype=torch.long),
-            lengths=zeros(rows, dtype=torch.int32),
-            table=zeros(rows, pages, dtype=torch.int32),
+            tables=PageTables.of(rows, pages, units, device),
+            turned=Turned.of(rows, units, device),
+            kept=PagePolicy.of(rows, pages, device),
             r=zeros(rows, s.hidden),
             normed=zeros(rows, s.hidden, dtype=dtype),
             squares=zeros(rows, squares_of(rows, s.hidden)),
@@ -129,4 +112,4 @@ class Buffers:
         return self.u[: rows * members * directions].view(rows, members, directions)
 
     def pages(self, pool: Pool, layer: int) -> Pages:
-        return Pages(pool.keys[layer], pool.values[layer], self.table, self.lengths)
+        return Pages(pool.memory[layer], self.tables, pool.units)

@@ -4,7 +4,7 @@ A row is decided by a `Stream` up to the end of its prompt, and by the controlle
 the stream remembers. Every tensor keeps its address, as the graph that captured it needs, so rows come and go by being
 written to. Covered is what `why_not` lets pass; all else is the reference path's.
 
-Shape legend: B rows, n of them, A slots of ladders, V vocabulary, J rungs, S signals, N decode steps.
+Shape legend: B rows, n of them, A slots of ladders, V vocabulary, J rungs, S signals, N decode steps, P pages of a row.
 """
 
 from __future__ import annotations
@@ -141,13 +141,14 @@ class Controller:
     """Writes rung and weight of `rows` at every step, as `policy` decides; `ladders` are what it knows of theirs.
 
     `trace` [B, N] int16 holds rungs that replace what was decided at a row's n-th step since it was loaded, -1 where
-    nothing does; the rung of every step is written to `log` [B, N] int16, of no step beyond N. Raises ValueError for
-    what is not covered.
+    nothing does; the rung of every step is written to `log` [B, N] int16, of no step beyond N. To `complexity` [B, P]
+    float64, sums over the tokens of every page, which somebody else judges pages by, a step adds the token before its
+    own as `Stream.close_block` measures it. Raises ValueError for what is not covered.
     """
 
     def __init__(
         self, policy: RankPolicy, settings: Settings, rows: Rows, ladders: Ladders, *, trace: Tensor | None = None,
-        log: Tensor | None = None,
+        log: Tensor | None = None, complexity: Tensor | None = None,
     ) -> None:  # fmt: skip
         reason = why_not(policy, settings)
         if reason is not None:
@@ -156,11 +157,18 @@ class Controller:
         assert trace is None or log is None or trace.shape == log.shape, "both are of the same steps"
         device = rows.slot.device
         self.policy, self.settings, self.rows, self.ladders = policy, settings, rows, ladders
-        self.trace, self.log = trace, log
+        self.trace, self.log, self.complexity = trace, log, complexity
         past = history_tokens(settings.signals.novelty_window_tokens)
         self.state = RowState.of(len(rows.slot), len(policy.rungs), past, device)
         self._network = Network.of(policy, device)
         self._hears_attention = isinstance(policy, LearnedPolicy) and "attention" in policy.config()["signals"]
+        self._shares: Tensor | None = None
+        if complexity is not None:
+            assert len(complexity) == len(rows.slot), "it is of the same rows"
+            assert complexity.dtype == torch.float64, "the order of adding must decide nothing"
+            assert complexity.is_contiguous(), "the kernel takes its rows to lie one behind the other"
+            self._shares = complexity_shares(settings, device)
+            self._hears_attention |= settings.chunk.weights["attention"] > 0
         self._constants = self._sizes()
 
     def _sizes(self) -> dict[str, Any]:
@@ -174,17 +182,19 @@ class Controller:
             "VOCABULARY": self.ladders.token.shape[1], "PAIR_CODES": self.ladders.pair.shape[1],
             "SCALE_RANGE": self.policy.scale_range if isinstance(self.policy, LearnedPolicy) else 0.0,
             "J": rungs, "JP": next_power_of_2(rungs), "FP": inputs, "HP": hidden,
-            "TRACE": self.trace is not None, "LOG": self.log is not None, "num_warps": 4 if hidden <= 64 else 8,
+            "PAGES": self.complexity is not None, "TRACE": self.trace is not None, "LOG": self.log is not None,
+            "num_warps": 4 if hidden <= 64 else 8,
         }  # fmt: skip
 
-    def load(self, index: Tensor, stream: Stream, slot: Tensor) -> None:
+    def load(self, index: Tensor, stream: Stream, slot: Tensor, complexity: Tensor | None = None) -> None:
         """Go on with rows `index` [n] long where `stream`, all of its n rows, stands between two blocks; their ladders
-        lie in `slot` [n].
+        lie in `slot` [n], and their pages go on from the sums of `complexity` [n, <= P] float64, those beyond from 0.
 
         The first step takes in how surprising its token is under what the stream expected; entropy and attention of
         the token before it the stream has taken in itself. Rows of a static stream have their rung and weight from
         here on, with or without steps.
         """
+        assert complexity is None or self.complexity is not None, "nobody judges pages here"
         own, state, policy = self.state, stream.state, self.policy
         knob = state.operating.knob
         if isinstance(policy, LearnedPolicy):
@@ -212,6 +222,11 @@ class Controller:
             rung = torch.tensor(stream.static, device=index.device)
             weight = self._network.by_rung[0, rung] * self.ladders.scale[slot.long(), rung]
             values += [(self.rows.rung, rung), (self.rows.weight, weight)]
+        if self.complexity is not None:
+            sums = self.complexity.new_zeros(len(index), self.complexity.shape[1])
+            if complexity is not None:
+                sums[:, : complexity.shape[1]] = complexity
+            values.append((self.complexity, sums))
         for kept, new in values:
             kept[index] = new.to(kept.dtype)
 
@@ -219,18 +234,28 @@ class Controller:
         """Decide for tokens [B] long, which are about to be processed.
 
         surprisal [B] is theirs; entropy [B] and distant [probed layers, B, heads] (attention mass beyond the recent
-        pages) the model has put out at the tokens before them; all float32. `distant` may be left out where the policy
-        does not look at attention.
+        pages) the model has put out at the tokens before them; all float32. `distant` may be left out where neither
+        the policy nor what pages are judged by looks at attention.
         """
         own, rows, ladders, network = self.state, self.rows, self.ladders, self._network
         probes, heads = (0, 1) if distant is None else (distant.shape[0], distant.shape[2])
         assert distant is not None or not self._hears_attention, "who looks at attention is given it"
         traced = self.log if self.trace is None else self.trace
+        pages = None if self.complexity is None else self.complexity.shape[1]
         decide_kernel[(len(rows.slot),)](
             tokens, entropy, surprisal, distant, rows.slot, rows.rung, rows.weight,
             *(getattr(own, field.name) for field in fields(own)), ladders.token, ladders.pair, ladders.scale,
             network.columns, network.normal, network.first, network.second, network.biases, network.heads,
-            network.by_rung, self.trace, self.log, 0 if traced is None else traced.shape[1],
+            network.by_rung, self.complexity, self._shares, pages,
+            self.trace, self.log, 0 if traced is None else traced.shape[1],
             **self._constants, PROBES=probes, HEADS=heads, LANES=next_power_of_2(max(probes * heads, 1)),
             **dependent(tokens.device),
         )  # fmt: skip
+
+
+def complexity_shares(settings: Settings, device: torch.device) -> Tensor:
+    """[S] float32: how much of a completed token's complexity each signal makes, 0 where that of the surprisal would
+    be: the token behind is not known. They sum to 1, or to 0 where no other counts anything."""
+    counted = {name: weight for name, weight in settings.chunk.weights.items() if name != "surprisal"}
+    whole = sum(counted.values()) or 1.0
+    return torch.tensor([counted.get(name, 0.0) / whole for name in SIGNALS], device=device)

@@ -1,6 +1,6 @@
 """Rows of a batch bucket, decoded token by token: one graph, whatever adapters, rungs and budgets they have.
 
-A row is begun with what a prefill left of it (`begin`: its keys and values, what its stream remembers, the logits
+A row whose pages are in place is begun with what a prefill left of it (`begin`: what its stream remembers, the logits
 behind its last token) and goes on by itself: controller, model and sampler hand device tensors to each other, and the
 host only says how often. What comes out is read from `generated` and `rungs`.
 
@@ -19,13 +19,17 @@ from policy.contract import RankPolicy
 from policy.settings import PAGE_TOKENS, Settings
 
 from ..control.stream import Stream
+from ..kv.formats import FULL, NONE
+from ..ops.pages import turn
+from ..ops.quantise import quantise_turned
 from ..ops.reference.sampling import Generated, Sampling, SamplingRows
 from ..ops.resolve import reads_for
 from ..ops.sampling import SamplingScratch, sample
-from .buffers import Buffers, Pool
+from .buffers import Buffers
 from .control import Controller, Ladders
 from .graph import Graph
 from .model import Model
+from .page_pool import Pool, place, set_policy
 from .step import Forward
 from .store import AdapterStore
 
@@ -47,16 +51,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Begin:
-    """What a prefill leaves of n rows."""
+    """What a prefill leaves of n rows, beside their pages."""
 
     stream: Stream
     slots: Tensor
     """[n] int32: where the rows' ladders lie"""
-    keys: Sequence[Tensor]
-    """By layer the rows' pages, [Hkv, n, pages, 16, head_dim], what lies behind a row's last token included"""
-    values: Sequence[Tensor]
-    lengths: Tensor
-    """[n] int32 tokens of every row"""
+    complexity: Tensor | None
+    """[n, pages] float64: sums over the tokens of their pages, where pages are judged by that"""
     logits: Tensor
     """[n, V] of the row's last token"""
     tokens: Tensor
@@ -66,9 +67,19 @@ class Begin:
     pad: int
 
 
-def splits_for(rows: int, kv_heads: int) -> int:
-    """Parts of a row's attention: enough programs for every multiprocessor, and none more, as they must be joined."""
-    return max(1, min(16, 256 // (rows * kv_heads)))
+LONG_PAGES = 256
+"""From here on a row's attention has twice as many parts: at 32,768 tokens a single row takes 127 us a layer of them
+and 156 without, at 512 they would only have to be joined (docs/log.md)."""
+
+
+def splits_for(rows: int, kv_heads: int, pages: int, coded: bool) -> int:
+    """Parts of a row's attention: enough programs for every multiprocessor, and none more, as they must be joined.
+
+    Programs of one warp, as where pages may be coded, are four times as many.
+    """
+    if coded:
+        return max(1, min(32, 1024 // (rows * kv_heads)))
+    return max(1, min(16, (512 if pages >= LONG_PAGES else 256) // (rows * kv_heads)))
 
 
 def probed_layers(layers: int, wanted: int) -> tuple[int, ...]:
@@ -87,9 +98,9 @@ class Decoder:
         self.bucket, self.model, self.pool = bucket, model, pool
         rows, device, signals = bucket.rows, model.device, settings.signals
         probes = probed_layers(model.shape.layers, signals.attention_layers) if bucket.decides else ()
-        splits = splits_for(rows, model.shape.kv_heads)
+        splits = splits_for(rows, model.shape.kv_heads, bucket.pages, pool.units.coded)
         directions = 1 if store is None else store.directions
-        self.buffers = Buffers.of(model, rows, bucket.pages, directions, len(probes), splits)
+        self.buffers = Buffers.of(model, pool.units, rows, bucket.pages, directions, len(probes), splits)
         ends = torch.zeros(bucket.ends, dtype=torch.long, device=device)
         made = Generated.of(rows, model.shape.vocabulary, bucket.steps, ends)
         self.generated = replace(made, tokens=self.buffers.tokens)
@@ -98,7 +109,10 @@ class Decoder:
         """[B, N] the rung of every step, where a controller runs"""
         self.controller: Controller | None = None
         if store is not None and ladders is not None:
-            self.controller = Controller(policy, settings, self.buffers.rows, ladders, trace=trace, log=self.rungs)
+            judged = self.buffers.kept.complexity if pool.units.coded else None
+            self.controller = Controller(
+                policy, settings, self.buffers.rows, ladders, trace=trace, log=self.rungs, complexity=judged
+            )  # fmt: skip
         self._entropy, self._surprisal = (torch.zeros(rows, device=device) for _ in range(2))
         self._scratch = SamplingScratch.of(rows, model.shape.vocabulary, device)
         reads = None if store is None else reads_for(rows, len(store.modules), store.arena, model.dtype)
@@ -108,12 +122,21 @@ class Decoder:
         self.clear()
 
     def step(self) -> None:
-        """Decide for the newest token of every row, process it, choose the next."""
+        """Decide for the newest token of every row, and for the page that has left its window; process it, choose the
+        next."""
         b = self.buffers
         if self.controller is not None and self.bucket.decides:
             self.controller.step(b.tokens, self._entropy, self._surprisal, b.distant)
+        self.turn()
         self._forward()
         self._sample()
+
+    def turn(self) -> None:
+        """Open a step: pages that have left the window get their format, and others begin."""
+        b, pool = self.buffers, self.pool
+        turn(b.tables, pool.free, b.turned, b.kept)
+        if pool.units.coded:
+            quantise_turned(pool.memory, b.turned, pool.units, self.model.dtype)
 
     def run(self) -> None:
         """One step, as a replay of the graph; the host does not wait."""
@@ -121,25 +144,32 @@ class Decoder:
 
     def clear(self) -> None:
         """No row is in use."""
-        self.buffers.lengths.zero_()
+        self.buffers.tables.lengths.zero_()
+        self.buffers.turned.code.zero_()
+        self._idle()
+
+    def _idle(self) -> None:
+        """No row has an adapter, and none is to be told anything."""
         self.buffers.rows.slot.fill_(-1)
         self.buffers.rows.weight.zero_()
         self.generated.ended.fill_(1)
 
+    def hold(self, lengths: Sequence[int]) -> None:
+        """Rows of so many tokens in the model's dtype, whatever they are, and no others: for who times steps."""
+        formats = torch.tensor(
+            [[FULL] * pages_for(own) + [NONE] * (self.bucket.pages - pages_for(own)) for own in lengths]
+        )
+        place(self.pool, self.buffers.tables, self.buffers.turned, formats, lengths, [0] * len(lengths))
+
     def begin(self, begin: Begin) -> None:
-        """Put n rows into the first n of the bucket, each into pages of its own, and choose their first tokens."""
-        self.clear()
+        """Let n rows go on whose pages are in place in the first n of the bucket, and choose their first tokens."""
         b, g = self.buffers, self.generated
-        count, pages = len(begin.lengths), self.bucket.pages
+        count = len(begin.slots)
         index = torch.arange(count, device=self.model.device)
-        b.table.copy_(torch.arange(self.bucket.rows * pages, dtype=torch.int32).view(-1, pages))
-        for kept, new in zip((*self.pool.keys, *self.pool.values), (*begin.keys, *begin.values), strict=True):
-            # [Hkv, n, filled, 16, D] -> page by page
-            filled = new.shape[2]
-            own = kept[: count * pages].view(count, pages, *kept.shape[1:])
-            own[:, :filled] = new.permute(1, 2, 0, 3, 4)
+        self._idle()
+        set_policy(b.kept, begin.stream.state.operating.kv)
         if self.controller is not None:
-            self.controller.load(index, begin.stream, begin.slots)
+            self.controller.load(index, begin.stream, begin.slots, begin.complexity)
         g.seen.zero_()
         g.seen[:count].scatter_(1, begin.tokens, 1)
         g.ended[:count] = 0
@@ -150,7 +180,6 @@ class Decoder:
             self.sampling.set(row, sampling)
         b.logits[:count] = begin.logits
         self._sample()
-        b.lengths[:count] = begin.lengths
 
     def _sample(self) -> None:
         sample(self.buffers.logits, self.sampling, self.generated, self._entropy, self._surprisal, self._scratch)

@@ -22,8 +22,9 @@ from ..ops.packed import Reads
 from ..ops.residual import add_residual, embed
 from ..ops.resolve import Tables, resolve
 from ..ops.rotary import Heads, rotate
-from .buffers import Buffers, Pool
+from .buffers import Buffers
 from .model import DOWN, GATE_UP, MEMBERS, OUT, QKV, SITES, Linears, Model, block_columns
+from .page_pool import Pool
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Forward:
         norms = [own.attention_norm for own in model.layers] + [model.norm]
         if self.reads is not None and self.tables is not None:
             resolve(self.reads, b.rows, self.tables)
-        embed(b.tokens, model.embedding, b.r, b.normed, b.squares, norms[0], b.lengths)
+        embed(b.tokens, model.embedding, b.r, b.normed, b.squares, norms[0], b.tables.lengths)
         for layer in range(model.shape.layers):
             self._attend(layer)
             self._feed_forward(layer, norms[layer + 1])
@@ -63,8 +64,8 @@ class Forward:
         rotate(y, b.query, pages, heads, update=update, norm=b.norm(s.eps), biases=layer.qkv.biases)
         distant = b.distant[self.probes.index(number)] if number in self.probes else None
         decode_attention(
-            b.query, pages.keys, pages.values, pages.table, pages.lengths, b.attended, b.scratch, splits=self.splits,
-            scale=s.head_dim**-0.5, distant=distant, recent_pages=self.recent_pages, window=layer.window,
+            b.query, pages, b.attended, b.scratch, splits=self.splits, scale=s.head_dim**-0.5, distant=distant,
+            recent_pages=self.recent_pages, window=layer.window,
         )  # fmt: skip
         self._add(b.attended, layer.o, number, OUT, layer.inner_norm)
 

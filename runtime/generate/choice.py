@@ -30,7 +30,6 @@ from .options import why_not_call
 
 log = logging.getLogger("chunkwise_lora")
 FAST = "fast: the engine, one graph for every token"
-FULL_PAGES = ", KV pages in the model's own dtype where the policy would store fewer bits"
 LEAVE_OUT = {
     "fast": "leave fast out, and transformers' own loop serves it",
     "latency_budget_ms": "the policy's milliseconds are the engine's; use budget",
@@ -119,8 +118,7 @@ def _choosing(
             why = why_not_call(model, len(ids), {**kwargs, "generation_config": generation_config})
         if why is not None and insists is not None:
             raise _not_covered(insists, "call", why)
-        fast = FAST + ("" if run.plan.operating.kv.is_full else FULL_PAGES)
-        run.path = fast if why is None else f"reference: {why}"
+        run.path = FAST if why is None else f"reference: {why}"
         if run.path not in said:
             said.add(run.path)
             log.info("path %s", run.path)

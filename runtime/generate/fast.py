@@ -1,35 +1,35 @@
 """A generation through the engine: the prompt by the reference path, every token behind it in one graph.
 
-The reference path's forward, decisions and signals are the specification; what it leaves of a prompt, the engine goes
-on with. The engine keeps every KV page in the model's dtype: where a policy would store pages in fewer bits it is more
-precise than the policy asks, and takes the memory that the reference path would save.
+The reference path's forward, decisions, signals and pages are the specification; what it leaves of a prompt, the engine
+goes on with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policy.operating import KVRows
-from policy.settings import FULL_KV
+from policy.settings import PAGE_TOKENS
 
 from ..control.record import RESPONSE
 from ..control.stream import Stream
 from ..engine import control
 from ..engine import model as engine_model
-from ..engine.buffers import Pool
 from ..engine.control import Ladders
 from ..engine.decoder import Begin, Bucket, Decoder, pages_for
 from ..engine.model import model_of
+from ..engine.page_pool import Pool, kv_bytes, units_needed
 from ..engine.store import AdapterStore, needed_bytes
-from ..kv.formats import FULL
+from ..kv.units import Units
 from ..plan import RunPlan
 from ..reference.adaptive import AdaptiveRun, end_tokens, generation_option
 from ..reference.run import AdaptiveCache
+from .handover import hand_over
 from .lookback import Lookback
 from .options import Options
 
@@ -42,9 +42,28 @@ def why_not(model: PreTrainedModel, plan: RunPlan) -> str | None:
     reason = control.why_not(plan.policy, plan.settings)
     if reason is not None:
         return f"of the policy: {reason}"
+    reason = pages_why_not(model, plan)
+    if reason is not None:
+        return reason
     known = model_of(model, 1).modules()
     other = next((name for ladder in plan.ladders for name in ladder.modules if name not in known), None)
     return None if other is None else f"an adapter adapts {other}, which is no linear of a layer"
+
+
+def pages_why_not(model: PreTrainedModel, plan: RunPlan) -> str | None:
+    """Why the engine cannot keep the pages of a run, as a clause; None where it can."""
+    kv = plan.operating.kv
+    if kv.is_full:
+        return None
+    if kv.may_be_sparse:
+        return "its KV policy makes pages sparse"
+    if any(layer.window for layer in model_of(model, 1).layers):
+        return "its KV policy codes pages, and layers of the model see a window of the text"
+    least = PAGE_TOKENS * max(1, plan.settings.signals.recent_pages - 1)
+    shortest = int(kv.window_tokens.min())
+    if shortest < least:
+        return f"its KV policy keeps a window of {shortest} tokens, and attention is listened to over {least}"
+    return None
 
 
 @dataclass
@@ -54,12 +73,14 @@ class Spent:
     stream: Stream
     lengths: list[int]
     token_bytes: int
+    held: int
     allocated: int
 
     def kv_bytes(self) -> int:
-        return self.token_bytes * sum(self.lengths)
+        return self.held
 
-    kv_bytes_full = kv_bytes
+    def kv_bytes_full(self) -> int:
+        return self.token_bytes * sum(self.lengths)
 
     def kv_bytes_allocated(self) -> int:
         return self.allocated
@@ -110,9 +131,7 @@ class FastPath:
         return self._begin(ids, cache, logits, options), cache
 
     def _prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> tuple[AdaptiveCache, Tensor]:
-        operating = self.run.plan.operating
-        operating = replace(operating, kv=KVRows.of([FULL_KV] * len(operating)))
-        cache = self.run.new_cache(len(ids), operating=operating)
+        cache = self.run.new_cache(len(ids))
         cache.next_call_is_prompt = True
         mask = kwargs.get("attention_mask")
         if mask is None:  # as transformers has it
@@ -122,34 +141,32 @@ class FastPath:
         return cache, self.run.logits(ids, mask, cache, 1)[:, -1].float()
 
     def _begin(self, ids: Tensor, cache: AdaptiveCache, logits: Tensor, options: Options) -> Decoder:
-        rows, pages = len(ids), cache.table.index.shape[1]
-        index = cache.table.index.long().to(self.model.device)
-        keys, values = (
-            [
-                layer.pools[FULL].parts[name].index_select(1, index.flatten()).unflatten(1, (rows, pages))
-                for layer in cache.layers
-            ]
-            for name in ("keys", "values")
-        )
-        longest = max(cache.lengths) + options.new_tokens
-        decoder = self._decoder(rows, pages_for(longest), options, cache.stream.static is None)
+        longest = [length + options.new_tokens for length in cache.lengths]
+        decoder = self._decoder(longest, cache, options)
         slots = cache.stream.state.operating.adapter.to(self.model.device, torch.int32)
-        lengths = torch.tensor(cache.lengths, dtype=torch.int32, device=self.model.device)
         ends = torch.tensor(options.ends, dtype=torch.long, device=self.model.device)
+        hand_over(cache, decoder.pool, decoder.buffers.tables, decoder.buffers.turned)
+        complexity = cache.table.complexity if decoder.pool.units.coded else None
         decoder.begin(
-            Begin(cache.stream, slots, keys, values, lengths, logits, ids, options.sampling, ends, options.pad)
-        )
+            Begin(cache.stream, slots, complexity, logits, ids, options.sampling, ends, options.pad)
+        )  # fmt: skip
         return decoder
 
-    def _decoder(self, rows: int, pages: int, options: Options, decides: bool) -> Decoder:
-        bucket = Bucket(_power(rows), _power(pages), _power(options.new_tokens), len(options.ends), decides)
-        if self._pool is None or len(self._pool.keys[0]) < bucket.rows * bucket.pages:
+    def _decoder(self, longest: Sequence[int], cache: AdaptiveCache, options: Options) -> Decoder:
+        """A decoder for rows that grow up to `longest` tokens, and a pool with room for them."""
+        decides, kv = cache.stream.static is None, cache.kv
+        pages = pages_for(max(longest))
+        bucket = Bucket(_power(len(longest)), _power(pages), _power(options.new_tokens), len(options.ends), decides)
+        units = Units(self.model.shape.kv_heads, self.model.shape.head_dim, self.model.dtype.itemsize, not kv.is_full)
+        needed = units_needed(kv, longest, units)
+        pool = self._pool
+        if pool is None or pool.units != units or len(pool) < needed:
             # Graphs hold the addresses of the old one.
             self._decoders, self._pool = {}, None
-            self._pool = Pool.of(self.model, bucket.rows * bucket.pages)
+            pool = self._pool = Pool.of(self.model, _rounded(needed), units.coded)
         if bucket not in self._decoders:
             self._decoders[bucket] = Decoder(
-                self.model, self._pool, self.store, self.ladders, self.run.policy, self.run.plan.settings, bucket
+                self.model, pool, self.store, self.ladders, self.run.policy, self.run.plan.settings, bucket
             )  # fmt: skip
         return self._decoders[bucket]
 
@@ -157,13 +174,15 @@ class FastPath:
         """New tokens [B, columns] of all rows: up to where the last of them ended."""
         generated, seen = decoder.generated, Lookback(decoder, rows, options.new_tokens, options.streamer)
         seen.note()
-        for _ in range(options.new_tokens - 1):
+        ran = 0
+        while ran < options.new_tokens - 1 and not (ran and seen.all_ended()):
             decoder.run()
             # The step just launched is under way while the one before it is looked at.
             seen.note()
-            if seen.all_ended():
-                break
+            ran += 1
         columns = seen.finish()
+        if ran < columns:  # else the step beyond has said what becomes of pages
+            decoder.turn()
         tokens: Tensor = generated.log[:rows, :columns].clone()
         return tokens
 
@@ -183,9 +202,16 @@ class FastPath:
         # Rows that have ended hold the padding that they were fed.
         lengths = [length + len(steps) for length in cache.lengths]
         token_bytes = sum(layer.token_bytes for layer in cache.layers)
-        self.run.last = Spent(stream, lengths, token_bytes, decoder.pool.nbytes)  # type: ignore[assignment]
+        held = kv_bytes(decoder.buffers.tables, lengths, decoder.pool.units, len(cache.layers))
+        self.run.last = Spent(stream, lengths, token_bytes, held, decoder.pool.nbytes)  # type: ignore[assignment]
 
 
 def _power(count: int) -> int:
     """The next power of two: graphs are captured for few sizes."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def _rounded(count: int) -> int:
+    """Up to an eighth more, so that a pool is seldom made anew for texts that are a little longer."""
+    step = max(1, _power(count) // 16)
+    return -(-count // step) * step

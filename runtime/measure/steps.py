@@ -32,10 +32,10 @@ from policy.settings import FULL_KV, MOST_TOKENS, Settings
 
 from ..control.bucket import Offer
 from ..control.stream import Stream
-from ..engine.buffers import Pool
 from ..engine.control import Ladders
 from ..engine.decoder import Bucket, Decoder, pages_for
 from ..engine.model import model_of
+from ..engine.page_pool import Pool
 from ..engine.store import AdapterStore, needed_bytes
 from ..fingerprint import model_fingerprint
 from ..generate.fast import why_not
@@ -140,9 +140,8 @@ class Bench:
         """The table of a bucket of `batch` rows."""
         release(self.model.device)
         pages = pages_for(self.context_tokens + self.steps)
-        pool = Pool.of(self.model, batch * pages)
-        for own in (*pool.keys, *pool.values):
-            own.normal_()
+        pool = Pool.of(self.model, batch * pages, coded=False)
+        pool.memory.view(self.model.dtype).normal_()
         fixed = self._decoder(pool, batch, FixedPolicy(self.ladder.rungs), None)
         top = len(self.ladder.rungs) - 1
         trace = torch.full((batch, self.steps), top, dtype=torch.int16, device=self.model.device)
@@ -164,12 +163,11 @@ class Bench:
 
     def _decoder(self, pool: Pool, batch: int, policy: RankPolicy, trace: torch.Tensor | None) -> Decoder:
         """A decoder of `batch` rows, none of which ends; it decides where there is a trace to hold it."""
-        pages = len(pool.keys[0]) // batch
+        pages = len(pool) // batch
         decoder = Decoder(
             self.model, pool, self.store, self.ladders, policy.to(self.model.device), Settings(kv=FULL_KV),
             Bucket(batch, pages, self.steps, 1, trace is not None), trace=trace,
         )  # fmt: skip
-        decoder.buffers.table.copy_(torch.arange(batch * pages, dtype=torch.int32).view(batch, pages))
         decoder.generated.ends.fill_(NO_TOKEN)
         decoder.generated.ended.zero_()
         return decoder
@@ -183,7 +181,7 @@ class Bench:
         stream = Stream(controller.settings, controller.policy, operating, Offer.of(self._costs(batch)), device)
         rows = torch.arange(batch, device=device)
         controller.load(rows, stream, rows.int() % len(self.store.ladders))
-        decoder.buffers.lengths.fill_(self.context_tokens)
+        decoder.hold([self.context_tokens] * batch)
         decoder.generated.count.zero_()
         taken = clock(decoder, self.steps)
         if not bool(decoder.buffers.logits.isfinite().all()):

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
-from .launch import dependent, dot, fetch, release, wait
+from ..kv.formats import FULL
+from .attend import NOTHING, PAGE, full_alone, full_group, merge
+from .attend_coded import coded_alone, coded_group, first_rows
+from .launch import dependent, fetch, release, wait
+from .pages import Pages
 
-_PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
-# The maximum over no scores. Finite: the difference of two of them is 0, not NaN.
-_NOTHING: tl.constexpr = tl.constexpr(-1e38)
 _DOT_SIDE = 16
 """The least side of a matrix that tensor cores multiply."""
 
@@ -45,15 +46,22 @@ class Tiles:
     their page numbers must be there before them; with 1 a step is read into registers when it is due."""
     ahead: int = 8
     """Pages that are fetched into the L2 cache while the kernel before still runs"""
+    coded_pages: int = 1
+    """Coded pages of one step; from 2 on where heads share a KV head"""
+    coded_stages: int = 3
 
     @classmethod
-    def of(cls, group: int, channels: int, dtype: torch.dtype, splits: int) -> Tiles:
+    def of(cls, group: int, channels: int, dtype: torch.dtype, splits: int, coded: bool) -> Tiles:
         """Steps of 8 KiB of keys, or 16 where several heads share what is read: so four and three programs fit on a
         multiprocessor of an H100, with 128 KiB or more under way. Read off the compiled kernels. Of short shares two
-        warps are faster than four (measured, one row of 512 tokens)."""
+        warps are faster than four (measured, one row of 512 tokens). Where pages may be coded a head that shares with
+        no other has one warp and a page a step: more wait for each other (docs/log.md)."""
         row_bytes = triton.next_power_of_2(channels) * dtype.itemsize
         step_bytes, stages = (2**13, 3) if group == 1 else (2**14, 5)
-        return cls(min(128, max(PAGE_TOKENS, step_bytes // row_bytes)), 2 if splits > 1 and group == 1 else 4, stages)
+        tokens = min(128, max(PAGE_TOKENS, step_bytes // row_bytes))
+        if group > 1:
+            return cls(tokens, 4, stages, coded_pages=max(2, _DOT_SIDE // triton.next_power_of_2(group)))
+        return cls(PAGE_TOKENS, 1, stages) if coded else cls(tokens, 2 if splits > 1 else 4, stages)
 
 
 @dataclass(frozen=True)
@@ -78,89 +86,6 @@ class AttentionScratch:
 
 
 @triton.jit
-def _tile(
-    keys, values, table, head, start, begin, end, HKV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Keys and values [TOKENS, WIDTH] of one KV head from token `start` on, the first of its page, and which are seen;
-    the others are 0: 0 times what lies there need not be 0."""
-    lane = tl.arange(0, TOKENS)
-    channel = tl.arange(0, WIDTH)
-    seen = lane < end - start
-    if WINDOW > 0:
-        seen = seen & (lane >= begin - start)
-    page = tl.load(table + start // _PAGE + lane // _PAGE, mask=seen, other=0).to(tl.int64)
-    at = (page * (HKV * _PAGE * D))[:, None] + ((head * _PAGE + lane % _PAGE) * D)[:, None] + channel[None, :]
-    mask = seen[:, None] & (channel < D)[None, :]
-    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0), seen
-
-
-@triton.jit
-def _attend_alone(
-    query, keys, values, table, head, begin, first, end, boundary, factor, HKV: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, WINDOW: tl.constexpr, DISTANT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`_attend_group` for a query head that shares with no other: ROWS = 1.
-
-    Every lane of a tile keeps a softmax of its own, so that no warp waits for another before the end.
-    """
-    lane = tl.arange(0, TOKENS)
-    channel = tl.arange(0, WIDTH)
-    q = tl.load(query + channel, mask=channel < D, other=0.0).to(tl.float32) * factor
-    top = tl.full([TOKENS], _NOTHING, tl.float32)
-    total = tl.zeros([TOKENS], tl.float32)
-    far = tl.zeros([TOKENS], tl.float32)
-    sums = tl.zeros([TOKENS, WIDTH], tl.float32)
-    for start in tl.range(first, end, TOKENS, num_stages=STAGES):
-        k, v, seen = _tile(keys, values, table, head, start, begin, end, HKV, D, WIDTH, WINDOW, TOKENS)
-        score = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], axis=1), float("-inf"))
-        higher = tl.maximum(top, score)
-        fade = tl.exp2(top - higher)
-        weight = tl.exp2(score - higher)
-        total = total * fade + weight
-        if DISTANT:
-            far = far * fade + tl.where(lane < boundary - start, weight, 0.0)
-        sums = sums * fade[:, None] + weight[:, None] * v.to(tl.float32)
-        top = higher
-    highest = tl.max(top, axis=0, keep_dims=True)
-    fade = tl.exp2(top - highest)
-    total = tl.sum(total * fade, axis=0, keep_dims=True)
-    far = tl.sum(far * fade, axis=0, keep_dims=True)
-    return highest, total, far, tl.sum(sums * fade[:, None], axis=0, keep_dims=True)
-
-
-@triton.jit
-def _attend_group(
-    query, keys, values, table, head, begin, first, end, boundary, factor, HKV: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, DISTANT: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Over tokens `first` to `end`, those before `begin` unseen: the maximum score, the sum of weights and the part of
-    it before `boundary` [ROWS], and values summed by weight [ROWS, WIDTH], all float32."""
-    lane = tl.arange(0, TOKENS)
-    row = tl.arange(0, ROWS)[:, None]
-    channel = tl.arange(0, WIDTH)[None, :]
-    q = tl.load(query + row * D + channel, mask=(row < GROUP) & (channel < D), other=0.0)
-    top = tl.full([ROWS], _NOTHING, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    far = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in tl.range(first, end, TOKENS, num_stages=STAGES):
-        k, v, seen = _tile(keys, values, table, head, start, begin, end, HKV, D, WIDTH, WINDOW, TOKENS)
-        score = dot(q, tl.trans(k), tl.zeros([ROWS, TOKENS], tl.float32)) * factor
-        score = tl.where(seen[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        fade = tl.exp2(top - higher)
-        weight = tl.exp2(score - higher[:, None])
-        total = total * fade + tl.sum(weight, axis=1)
-        if DISTANT:
-            far = far * fade + tl.sum(tl.where((lane < boundary - start)[None, :], weight, 0.0), axis=1)
-        sums = dot(weight.to(v.dtype), v, sums * fade[:, None])
-        top = higher
-    return top, total, far, sums
-
-
-@triton.jit
 def _merged(
     sums, softmax, live, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, DISTANT: tl.constexpr,
@@ -168,7 +93,7 @@ def _merged(
     """What `_attend_group` returns but the maximum, of the first `live` shares together."""
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
-    top = tl.full([ROWS], _NOTHING, tl.float32)
+    top = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     far = tl.zeros([ROWS], tl.float32)
     merged = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -177,7 +102,7 @@ def _merged(
         there = row < tl.where(live > split, GROUP, 0)
         at = row * SPLITS + split
         mask = there[:, None] & (channel < D)[None, :]
-        own = tl.load(softmax + 3 * at, mask=there, other=_NOTHING, cache_modifier=".cg")
+        own = tl.load(softmax + 3 * at, mask=there, other=NOTHING, cache_modifier=".cg")
         own_total = tl.load(softmax + 3 * at + 1, mask=there, other=0.0, cache_modifier=".cg")
         own_sums = tl.load(sums + at[:, None] * D + channel[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, own)
@@ -193,64 +118,109 @@ def _merged(
 
 
 @triton.jit
-def _share(length, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr):
-    """Of a row of `length` tokens: the first that it sees, its pages, those of a share, and the first page of one."""
+def _share(count, split, SPLITS: tl.constexpr):
+    """Of `count` pages those of one share, first and stop, and how many shares have any."""
+    share = tl.cdiv(count, SPLITS)
+    first = tl.minimum(split * share, count)
+    return first, tl.minimum(first + share, count), tl.cdiv(count, tl.maximum(share, 1))
+
+
+@triton.jit
+def _row(lengths, settled, counts, row, WINDOW: tl.constexpr, CODED: tl.constexpr):
+    """Of a row: its tokens, the first that is seen, settled pages in the model's dtype, how much further on the entries
+    of the others are, and all pages in that dtype."""
+    length = tl.load(lengths + row)
     begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
-    pages = tl.cdiv(length, _PAGE) - begin // _PAGE
-    share = tl.cdiv(pages, SPLITS)
-    return begin, pages, share, begin // _PAGE + split * share
+    pages = tl.cdiv(length, PAGE)
+    kept, shift = 0, 0
+    if CODED:
+        kept = tl.load(counts + row * 3)
+        shift = tl.load(settled + row) - kept
+    return length, begin, kept, shift, pages - shift
 
 
 @triton.jit
 def _fetch_pages(
-    keys, values, table, lengths, row, head, split, HKV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, AHEAD: tl.constexpr,
+    units, table, head, first, stop, kept, shift, HKV: tl.constexpr, HEAD: tl.constexpr, UNITS: tl.constexpr,
+    BYTES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Up to AHEAD pages of a share, while the newest token is still on its way to the last of them. So may its row's
-    length be; what is fetched is looked up again after the wait."""
-    length = tl.load(lengths + row)
-    _, _, share, first = _share(length, split, SPLITS, WINDOW)
-    for page in range(first, tl.minimum(first + tl.minimum(share, AHEAD), tl.cdiv(length, _PAGE))):
-        at = (tl.load(table + page).to(tl.int64) * HKV + head) * (_PAGE * D)
-        size: tl.constexpr = _PAGE * D * keys.dtype.element_ty.primitive_bitwidth // 8
-        fetch(keys + at, size, True)
-        fetch(values + at, size, True)
+    """Up to AHEAD pages of a share, BYTES of each unit, while the newest token is still on its way to the last of them.
+    So may its row's length be; what is fetched is looked up again after the wait."""
+    for page in range(first, tl.minimum(first + AHEAD, stop)):
+        entry = page + tl.where(page < kept, 0, shift)
+        for part in tl.static_range(UNITS):
+            unit = tl.load(table + entry * UNITS + part).to(tl.int64)
+            fetch(units + (unit * HKV + head) * HEAD, BYTES, True)
 
 
 @triton.jit
 def _decode_attention(
-    query, keys, values, table, lengths, out, distant, partial_sums, partial_softmax, arrived, factor,
+    query, units, words, full, scales, out, distant, partial_sums, partial_softmax, arrived, table, table8, table4,
+    lengths, settled, counts, factor,
     MAXPAGES: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, DISTANT: tl.constexpr, RECENT: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    OUT: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, F: tl.constexpr, PART: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, DISTANT: tl.constexpr, RECENT: tl.constexpr, CODED: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, CODED_PAGES: tl.constexpr, LANES: tl.constexpr,
+    CODED_STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    ITEM: tl.constexpr = full.dtype.element_ty.primitive_bitwidth // 8
     release(PDL)
     row, head, split = tl.program_id(0) // HKV, tl.program_id(0) % HKV, tl.program_id(1)
     heads = row * (HKV * GROUP) + head * GROUP
+    table += row * (MAXPAGES * F)
+    table8 += row * (MAXPAGES * 2)
+    table4 += row * MAXPAGES
     if AHEAD > 0 and PDL:
-        _fetch_pages(keys, values, table + row * MAXPAGES, lengths, row, head, split, HKV, D, SPLITS, WINDOW, AHEAD)
+        _, begin, kept, shift, pages = _row(lengths, settled, counts, row, WINDOW, CODED)
+        first, stop, _ = _share(pages - begin // PAGE, split, SPLITS)
+        first += begin // PAGE
+        stop += begin // PAGE
+        _fetch_pages(units, table, head, first, stop, kept, shift, HKV, HEAD, F, 2 * PART * D * ITEM, AHEAD)
+        if CODED:
+            first, stop, _ = _share(tl.load(counts + row * 3 + 1), split, SPLITS)
+            _fetch_pages(units, table8, head, first, stop, 0, 0, HKV, HEAD, 2, HEAD, AHEAD)
+            first, stop, _ = _share(tl.load(counts + row * 3 + 2), split, SPLITS)
+            _fetch_pages(units, table4, head, first, stop, 0, 0, HKV, HEAD, 1, HEAD, AHEAD)
     wait(PDL)
-    length = tl.load(lengths + row)
-    begin, pages, share, first_page = _share(length, split, SPLITS, WINDOW)
+    length, begin, kept, shift, pages = _row(lengths, settled, counts, row, WINDOW, CODED)
+    first_page, stop_page, live = _share(pages - begin // PAGE, split, SPLITS)
+    first8, stop8, first4, stop4 = 0, 0, 0, 0
+    if CODED:
+        first8, stop8, live8 = _share(tl.load(counts + row * 3 + 1), split, SPLITS)
+        first4, stop4, live4 = _share(tl.load(counts + row * 3 + 2), split, SPLITS)
+        live = tl.maximum(live, tl.maximum(live8, live4))
     # Of a row that sees nothing the first program is at work too: it writes the zeros.
-    live = tl.maximum(tl.cdiv(pages, tl.maximum(share, 1)), 1)
+    live = tl.maximum(live, 1)
     if split < live:
-        first = first_page * _PAGE
-        end = tl.minimum(first + share * _PAGE, length)
-        boundary = ((length - 1) // _PAGE + 1 - RECENT) * _PAGE
+        first = (begin // PAGE + first_page) * PAGE
+        # As if the pages in the model's dtype followed each other.
+        end = tl.minimum((begin // PAGE + stop_page) * PAGE, length - shift * PAGE)
+        boundary = ((length - 1) // PAGE + 1 - RECENT - shift) * PAGE
         query += heads * D
-        table += row * MAXPAGES
         if GROUP == 1:
-            top, total, far, sums = _attend_alone(
-                query, keys, values, table, head, begin, first, end, boundary, factor, HKV, D, WIDTH, WINDOW, DISTANT,
-                TOKENS, STAGES,
+            top, total, far, sums = full_alone(
+                query, full, table, head, begin, first, end, boundary, factor, kept, shift, HKV, D, WIDTH,
+                HEAD // ITEM, F, PART, WINDOW, DISTANT, CODED, TOKENS, STAGES,
             )  # fmt: skip
         else:
-            top, total, far, sums = _attend_group(
-                query, keys, values, table, head, begin, first, end, boundary, factor, HKV, GROUP, D, ROWS, WIDTH,
-                WINDOW, DISTANT, TOKENS, STAGES,
+            top, total, far, sums = full_group(
+                query, full, table, head, begin, first, end, boundary, factor, kept, shift, HKV, GROUP, D, ROWS, WIDTH,
+                HEAD // ITEM, F, PART, WINDOW, DISTANT, CODED, TOKENS, STAGES,
             )  # fmt: skip
-        own = tl.arange(0, ROWS)
+        if CODED:
+            if GROUP == 1:
+                top2, total2, far2, sums2 = coded_alone(
+                    query, words, table8, first8, stop8, table4, first4, stop4, head, factor, HKV, D, WIDTH, HEAD,
+                    CODED_PAGES, LANES, CODED_STAGES,
+                )  # fmt: skip
+            else:
+                top, total, far, sums = first_rows(top, total, far, sums, ROWS, OUT, WIDTH)
+                top2, total2, far2, sums2 = coded_group(
+                    query, units, scales, table8, first8, stop8, table4, first4, stop4, head, factor, HKV, GROUP, D,
+                    OUT, WIDTH, HEAD, CODED_PAGES, CODED_STAGES,
+                )  # fmt: skip
+            top, total, far, sums = merge(top, total, far, sums, top2, total2, far2, sums2)
+        own = tl.arange(0, OUT)
         channel = tl.arange(0, WIDTH)
         mask = (own < GROUP)[:, None] & (channel < D)[None, :]
         before = live - 1
@@ -268,7 +238,7 @@ def _decode_attention(
             before = tl.atomic_add(arrived + heads, 1, sem="acq_rel")
             if before == live - 1:
                 total, far, sums = _merged(
-                    partial_sums, partial_softmax, live, GROUP, D, ROWS, WIDTH, SPLITS, DISTANT
+                    partial_sums, partial_softmax, live, GROUP, D, OUT, WIDTH, SPLITS, DISTANT
                 )  # fmt: skip
                 tl.store(arrived + heads, 0)
         if before == live - 1:
@@ -281,10 +251,7 @@ def _decode_attention(
 
 def decode_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    lengths: Tensor,
+    pages: Pages,
     out: Tensor,
     scratch: AttentionScratch | None,
     *,
@@ -297,24 +264,32 @@ def decode_attention(
 ) -> None:
     """Launch it: `reference.attention.decode_attention` into `out` [B, H * D] and, where given, `distant` [B, H].
 
-    All tensors are contiguous. `splits` programs share a row's pages, at most: as many as fill the device at the
-    contexts expected. `scratch` is for at least these rows and heads, D and splits; a single split needs none.
+    All tensors are contiguous. `splits` programs share a row's pages, at most: as many
+    as fill the device at the contexts expected. `scratch` is for at least these rows and heads, D and splits; a single
+    split needs none. Where pages may be coded there is no window, and no recent page is.
     """
     rows, heads, channels = query.shape
-    shared = keys.shape[1]
-    group = heads // shared
+    tables, units, memory = pages.tables, pages.units, pages.memory
+    group = heads // units.heads
     # Only a head that shares with no other is no product on the tensor cores.
     side = 1 if group == 1 else _DOT_SIDE
-    tiles = tiles or Tiles.of(group, channels, query.dtype, splits)
+    coded = units.coded
+    assert not (coded and window), "which token a coded page begins with is not known"
+    tiles = tiles or Tiles.of(group, channels, query.dtype, splits, coded)
+    shown = triton.next_power_of_2(group)
+    rows_of_tile, width = max(side, shown), max(side, triton.next_power_of_2(channels))
     partial: tuple[Tensor | None, ...] = (None, None, None)
     if splits > 1:
         assert scratch is not None, "shares need a place for what they leave"
         partial = (scratch.sums, scratch.softmax, scratch.arrived)
-    _decode_attention[(rows * shared, splits)](
-        query, keys, values, table, lengths, out, distant, *partial, scale * math.log2(math.e),
-        MAXPAGES=table.shape[1], HKV=shared, GROUP=group, D=channels,
-        ROWS=max(side, triton.next_power_of_2(group)),
-        WIDTH=max(side, triton.next_power_of_2(channels)), SPLITS=splits, WINDOW=window,
-        DISTANT=distant is not None, RECENT=recent_pages, TOKENS=tiles.tokens, STAGES=tiles.stages, AHEAD=tiles.ahead,
+    views = (memory, memory.view(torch.int32), memory.view(query.dtype), memory.view(torch.bfloat16))
+    _decode_attention[(rows * units.heads, splits)](
+        query, *views, out, distant, *partial, tables.full, tables.int8, tables.int4, tables.lengths, tables.settled,
+        tables.counts, scale * math.log2(math.e), MAXPAGES=tables.full.shape[1], HKV=units.heads, GROUP=group,
+        D=channels, ROWS=rows_of_tile, OUT=shown if coded else rows_of_tile, WIDTH=width, HEAD=units.head_bytes,
+        F=units.of(FULL), PART=units.part_tokens, SPLITS=splits, WINDOW=window, DISTANT=distant is not None,
+        RECENT=recent_pages, CODED=coded, TOKENS=tiles.tokens, STAGES=tiles.stages, CODED_PAGES=tiles.coded_pages,
+        # A warp reads as many rows of bytes at once, sixteen bytes a thread.
+        LANES=min(PAGE_TOKENS // 2, max(1, 512 // width)), CODED_STAGES=tiles.coded_stages, AHEAD=tiles.ahead,
         num_warps=tiles.warps, **dependent(query.device),
     )  # fmt: skip

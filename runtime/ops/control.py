@@ -6,12 +6,13 @@ One program is a row. It does what `runtime.control` does for a block of one tok
     measure    novelty, prior and difficulties of the token                   `signals`, `policy.difficulty`
     choose     the summary's features through the learned policy's network    `policy.contract`, `policy.learned`
     pay        no rung above those in memory, nor above what the bucket pays   `bucket`
+    add up     where pages are coded, the complexity of the token before       `Stream.close_block`
 
 With chunks of one token every token opens one, and sees what became known in between: after a prefill several tokens'
 signals wait (`gathered`), from the second step on they are the latest values and mean, max and last are one number.
 
-Shape legend: B rows, S signals, W window, J rungs, F features that the policy looks at and log lambda, H hidden units;
-F, H and J are filled up to powers of two.
+Shape legend: B rows, P pages of each, S signals, W window, J rungs, F features that the policy looks at and log
+lambda, H hidden units; F, H and J are filled up to powers of two.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton.language as tl
 from policy.contract import Summary
 from policy.difficulty import HASH_BEFORE, HASH_MODULUS, HASH_TOKEN, MOST_CODE, NEUTRAL, PAIRS
 from policy.learned import MOST_GROWTH
-from policy.settings import MODEL_SIGNALS, SIGNALS, STATS
+from policy.settings import MODEL_SIGNALS, PAGE_TOKENS, SIGNALS, STATS
 
 from ..control.bucket import ROUNDING, SLACK_TOKENS
 from ..control.signals import NO_TOKEN
@@ -55,6 +56,7 @@ _HASHED: tl.constexpr = tl.constexpr(PAIRS)
 _CAP: tl.constexpr = tl.constexpr(MOST_GROWTH)
 _SLACK: tl.constexpr = tl.constexpr(SLACK_TOKENS)
 _TOLERANCE: tl.constexpr = tl.constexpr(ROUNDING)
+_PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
 
 
 @triton.jit
@@ -185,12 +187,14 @@ def decide_kernel(
     positions, prompts, steps, history, gathered, balances, budgets, costs, knobs, starts, residents,
     token_codes, pair_codes, ladder_scales,
     columns, normal, first, second, biases, heads, by_rung,
+    complexity, shares, pages,
     trace, log, columns_kept,
     LOOKS: tl.constexpr, PROBES: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr,
     RING: tl.constexpr, TILE: tl.constexpr, DECAY: tl.constexpr, VOCABULARY: tl.constexpr, PAIR_CODES: tl.constexpr,
     SCALE_RANGE: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, FP: tl.constexpr, HP: tl.constexpr,
-    TRACE: tl.constexpr, LOG: tl.constexpr, PDL: tl.constexpr,
+    PAGES: tl.constexpr, TRACE: tl.constexpr, LOG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    LISTENS: tl.constexpr = LOOKS or PAGES
     row = tl.program_id(0)
     j = tl.arange(0, JP)
     real = j < J
@@ -211,6 +215,9 @@ def decide_kernel(
         unit = tl.load(by_rung + 2 * JP + j)
         floor = tl.load(by_rung + 3 * JP + j)
         relative_cost = tl.load(by_rung + 4 * JP + j)
+    if PAGES:
+        each = tl.arange(0, _SP)
+        share = tl.load(shares + each, mask=each < _S, other=0.0)
     wait(PDL)
     release(PDL)
     # What can be loaded at once is, for rows that are not in use too: a load on the way to another costs its latency.
@@ -227,21 +234,29 @@ def decide_kernel(
     cost = tl.load(costs + row * J + j, mask=real, other=0.0)
     own = gathered + row * (4 * _S)
     heard = tl.load(own + 3 * _S + _ENTROPY)
-    if LOOKS:
+    if LISTENS:
         latest_entropy = tl.load(entropy + row)
+    if LOOKS:
         latest_surprisal = tl.load(surprisal + row)
         waiting = own + _signal(tl.maximum(column, 0))
         total = tl.load(waiting)
         peak = tl.load(waiting + _S)
         last = tl.load(waiting + 2 * _S)
         count = tl.load(waiting + 3 * _S)
+    if PAGES:
+        told = tl.load(own + each, mask=each < _S, other=0.0)
     if slot < 0:
         tl.store(rungs + row, 0)
         tl.store(weights + row, 0.0)
         return
     ladder_scale = tl.load(ladder_scales + slot * J + j, mask=real, other=0.0)
 
-    if LOOKS:
+    if PAGES:
+        # Of the token that the step before has processed. The first step has none; beyond the last page none counts.
+        page = (position - 1) // _PAGE
+        counted = (step > 0) & (page < pages)
+        page_sum = tl.load(complexity + row * pages + page, mask=counted, other=0.0)
+    if LISTENS:
         past = history + row * RING
         before = tl.load(past + ((position - 1) & (RING - 1)))
         difficulty = _coded(token_codes + slot * VOCABULARY, token, token >= 0, VOCABULARY)
@@ -252,6 +267,11 @@ def decide_kernel(
         if PROBES:
             attention = _attention(distant, row, tl.num_programs(0), PROBES, HEADS, LANES)
         novelty = _novelty(past, token, position, WINDOW, RING, TILE)
+    if PAGES:
+        # Its own signals have waited, one value of each, which is their total.
+        told = tl.where(each == _ENTROPY, latest_entropy, tl.where(each == _ATTENTION, attention, told))
+        page_sum += tl.sum(told * share, 0).to(tl.float64)
+    if LOOKS:
         x = _features(
             column, total, peak, last, count, latest_entropy, attention, latest_surprisal, novelty, prior, difficulty,
             pair, knob, step > 0, position > 0,
@@ -283,7 +303,9 @@ def decide_kernel(
     tl.store(positions + row, position + 1)
     tl.store(steps + row, step + 1)
     tl.store(balances + row, balance)
-    if LOOKS:
+    if PAGES:
+        tl.store(complexity + row * pages + page, page_sum, mask=counted)
+    if LISTENS:
         tl.store(past + (position & (RING - 1)), token)
         # What the model has put out is seen; the token's own signals wait for the next step.
         signal = tl.arange(0, _SP)[None, :]

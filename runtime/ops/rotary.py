@@ -16,25 +16,14 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 
+from ..kv.formats import FULL
 from .adapters import Update
 from .launch import dependent, release, wait
 from .norm import Norm, rstd_of
+from .pages import Pages
 from .settle import adds, arguments, settled
 
 _PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where a layer's keys and values go, and how far every row has come."""
-
-    keys: Tensor
-    """[P, Hkv, 16, D] in the model's dtype"""
-    values: Tensor
-    table: Tensor
-    """[B, pages] int32: a row's pages, oldest first"""
-    lengths: Tensor
-    """[B] int32: tokens of a row, the one being decoded included; 0: not in use"""
 
 
 @dataclass(frozen=True)
@@ -52,11 +41,12 @@ class Heads:
 
 @triton.jit(do_not_specialize=["site"])
 def _rotary(
-    y, squares, bias_q, bias_k, bias_v, query, keys, values, table, lengths, cosine, sine, q_norm, k_norm, pages,
+    y, squares, bias_q, bias_k, bias_v, query, numbers, table, lengths, cosine, sine, q_norm, k_norm, pages,
     added, records, site,
     H: tl.constexpr, HKV: tl.constexpr, HEAD_NORM: tl.constexpr, HEAD_EPS: tl.constexpr, IN: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
-    M: tl.constexpr, LORA: tl.constexpr, QUARTER: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, LORA: tl.constexpr, UNIT_HEAD: tl.constexpr, F: tl.constexpr, QUARTER: tl.constexpr,
+    L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
@@ -121,12 +111,12 @@ def _rotary(
     if head < H:
         _store(query + (row * H + own) * HEAD + lane, y0, y1, y2, y3, real, QUARTER)
     elif length > 0:
-        page = tl.load(table + row * pages + position // _PAGE)
-        at = ((page.to(tl.int64) * HKV + own) * _PAGE + position % _PAGE) * HEAD
-        if member == 1:
-            _store(keys + at + lane, y0, y1, y2, y3, real, QUARTER)
-        else:
-            _store(values + at + lane, y0, y1, y2, y3, real, QUARTER)
+        # A unit has some tokens' keys, and behind them their values.
+        PART: tl.constexpr = _PAGE // F
+        slot = position % _PAGE
+        unit = tl.load(table + (row * pages + position // _PAGE) * F + slot // PART)
+        at = (unit.to(tl.int64) * HKV + own) * UNIT_HEAD + ((member - 1) * PART + slot % PART) * HEAD
+        _store(numbers + at + lane, y0, y1, y2, y3, real, QUARTER)
 
 
 @triton.jit
@@ -142,7 +132,7 @@ def rotate(
     y: Tensor, query: Tensor, pages: Pages, heads: Heads, *, update: Update | None = None, norm: Norm | None = None,
     biases: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
-    """q, k and v of the token being decoded: y [B, (H + 2 Hkv) D] float32 -> query [B, H, D], and its page.
+    """q, k and v of the token being decoded: y [B, (H + 2 Hkv) D] float32 -> query [B, H, D], and its live page.
 
     D is a multiple of 4; the rotary halves are the first and the last D / 2 channels of a head. norm and biases are
     those of the linears.
@@ -150,11 +140,12 @@ def rotate(
     adapters, constants = arguments(update, query)
     norms, norm_constants = Norm.arguments(norm, query)
     batch, count, width = query.shape
-    kv_heads = pages.keys.shape[1]
+    units, tables = pages.units, pages.tables
     weights = (heads.q_norm, heads.k_norm) if heads.q_norm is not None and heads.k_norm is not None else (query, query)
-    _rotary[(batch, count + 2 * kv_heads)](
-        y, norms, *(biases or (query,) * 3), query, pages.keys, pages.values, pages.table, pages.lengths, heads.cosine,
-        heads.sine, *weights, pages.table.shape[1], *adapters, H=count, HKV=kv_heads,
+    _rotary[(batch, count + 2 * units.heads)](
+        y, norms, *(biases or (query,) * 3), query, pages.memory.view(query.dtype), tables.full, tables.lengths,
+        heads.cosine, heads.sine, *weights, tables.full.shape[1], *adapters, H=count, HKV=units.heads,
         HEAD_NORM=heads.q_norm is not None, HEAD_EPS=heads.eps, BIAS=biases is not None, **norm_constants, **constants,
-        QUARTER=width // 4, L=triton.next_power_of_2(width // 4), num_warps=1, **dependent(query.device),
+        UNIT_HEAD=units.head_bytes // units.itemsize, F=units.of(FULL), QUARTER=width // 4,
+        L=triton.next_power_of_2(width // 4), num_warps=1, **dependent(query.device),
     )  # fmt: skip

@@ -47,7 +47,7 @@ def folders(tokenizer, tmp_path_factory):
 @pytest.fixture
 def run(folders, monkeypatch, capsys, tmp_path):
     """`run(*more)`: (status, record, printed) of the command on the tiny model, two steps of a prompt each."""
-    monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
+    monkeypatch.setattr(decoders, "splits_for", lambda *_: 2)
 
     def call(*more):
         output = tmp_path / "agreement.json"

@@ -138,15 +138,17 @@ def test_adapters_share_scales_and_no_code(bench):
 
 def test_the_cases_are_those_of_the_issue():
     traces = [Trace("some", around, around / 64, ((around,),)) for around in (16, 8, 4)]
-    found = list(cases(512, 2048, 32, traces))
-    assert len({(case.batch, case.name) for case in found}) == len(found)
+    found = list(cases(512, 2048, 4096, 32, traces))
+    assert len({(case.batch, case.context, case.name) for case in found}) == len(found)
     names = [case.name for case in found if case.batch == 32]
     assert names == [
         "no adapter", "32 adapters, exact", "32 adapters, exact, deciding", "32 adapters, rung 16",
         "32 adapters, rung 8", "32 adapters, rung 4", "32 adapters, trace around rung 16",
         "32 adapters, trace around rung 8", "32 adapters, trace around rung 4",
+        *(f"32 adapters resident at rung 16, rung 8, deciding, KV int8 {share}% and int4" for share in (0, 25, 100)),
     ]  # fmt: skip
-    many = found[-1]
+    assert [case.int8_share for case in found if case.context == 4096] == [None, 0, 0.25, 1]
+    (many,) = (case for case in found if case.batch == 64)
     assert (many.batch, many.context, many.rung, many.adapters, many.resident_rung) == (
         64, 512, 16, RESIDENT_ADAPTERS, 16,
     )  # fmt: skip
@@ -154,7 +156,7 @@ def test_the_cases_are_those_of_the_issue():
 
 def test_a_trace_around_no_rung_of_the_benchmarks_ladder_is_refused():
     with pytest.raises(ValueError, match=r"--trace: expected budgets of one of the rungs 2, .*, got 5; record others"):
-        list(cases(512, 2048, 32, [Trace("some", 5, 0.1, ((5,),))]))
+        list(cases(512, 2048, 4096, 32, [Trace("some", 5, 0.1, ((5,),))]))
 
 
 def test_what_deciding_is_worth_is_told_beside_the_rung_it_is_around(records):

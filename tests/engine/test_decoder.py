@@ -11,13 +11,15 @@ import torch
 from runtime.control.record import Keep
 from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
 from runtime.engine import decoder as decoders
-from runtime.engine.buffers import Buffers, Pool
+from runtime.engine.buffers import Buffers
 from runtime.engine.decoder import pages_for, probed_layers, splits_for
 from runtime.engine.graph import Graph
 from runtime.engine.model import model_of
+from runtime.engine.page_pool import Pool
 from runtime.generate.fast import FastPath
 from runtime.generate.options import Options
 from runtime.kv.formats import FULL
+from runtime.ops.reference.pages import read_row
 from runtime.ops.shrink import Shares
 from runtime.plan import plan_run
 from runtime.reference.adaptive import activate
@@ -36,7 +38,7 @@ def begun(monkeypatch):
         own(self, given)
 
     monkeypatch.setattr(decoders.Decoder, "begin", begin)
-    monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
+    monkeypatch.setattr(decoders, "splits_for", lambda *_: 2)
     monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
     return found
 
@@ -72,8 +74,12 @@ def test_a_decoder_begins_with_what_the_prefill_left(llama, ladders, device, beg
     scales = [plan.ladders[n].scales[j] for n, j in zip((0, 1, 0), rungs, strict=True)]
     assert len(set(scales)) == 3
     assert rows.weight.tolist() == [*torch.tensor(scales).tolist(), 0]
-    assert b_.lengths.tolist() == [3, 18, 7, 0]
-    assert b_.table.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    tables = b_.tables
+    assert tables.lengths.tolist() == [3, 18, 7, 0]
+    assert tables.settled.tolist() == [0] * 4
+    named = [tables.full[row, : pages_for(length)].flatten() for row, length in enumerate((3, 18, 7))]
+    free = decoder.pool.free
+    assert sorted([*torch.cat(named).tolist(), *free.stack[: free.top].tolist()]) == list(range(len(decoder.pool)))
     made = decoder.generated
     assert made.tokens[:3].tolist() == out[:, -1].tolist() == logits.argmax(-1).tolist()
     assert made.tokens.data_ptr() == b_.tokens.data_ptr(), "what is chosen is what is processed next"
@@ -86,11 +92,11 @@ def test_a_decoder_begins_with_what_the_prefill_left(llama, ladders, device, beg
     log_p = log_probabilities(logits)
     torch.testing.assert_close(decoder._entropy[:3], next_token_entropy(log_p))
     torch.testing.assert_close(decoder._surprisal[:3], surprisal(log_p, out[:, -1]))
-    for name, own in (("keys", decoder.pool.keys[0]), ("values", decoder.pool.values[0])):
-        for row, length in enumerate((3, 18, 7)):
+    for row, length in enumerate((3, 18, 7)):
+        kept = read_row(decoder.pool.memory[0], tables, row, decoder.pool.units, torch.float32)
+        for name, own in zip(("keys", "values"), kept, strict=True):
             held = pages[name][:, cache.table.index[row].long()].flatten(1, 2)[:, :length]
-            kept = own[b_.table[row].long()].transpose(0, 1).flatten(1, 2)[:, :length]
-            assert torch.equal(kept, held), (name, row)
+            assert torch.equal(own.transpose(0, 1), held), (name, row)
 
 
 def test_every_decision_is_the_streams_whatever_the_batch_before_has_left(
@@ -118,7 +124,7 @@ def test_every_decision_is_the_streams_whatever_the_batch_before_has_left(
     own = torch.stack([torch.tensor(plan.ladders[n].scales) for n in (0, 1, 0)]).to(device)
     torch.testing.assert_close(decoder.buffers.rows.weight[:3], last * own.gather(1, rung[:, None])[:, 0])
     assert decoder.buffers.rows.weight[3] == 0
-    assert decoder.buffers.lengths.tolist() == [30 + 3, 5 + 3, 17 + 3, 0]
+    assert decoder.buffers.tables.lengths.tolist() == [30 + 3, 5 + 3, 17 + 3, 0]
     for row in range(3):
         assert decoder.generated.seen[row].nonzero()[:, 0].tolist() == sorted(set(tokens[row].tolist()))
     assert decoder.controller.state.step.tolist() == [3, 3, 3, 77]
@@ -132,8 +138,10 @@ def poisoned(decoder):
                 decoder._entropy, decoder._surprisal, state.gathered, state.balance, state.budget, state.cost,
                 state.knob):  # fmt: skip
         own.fill_(float("nan"))
-    b.table.fill_(2**30)
-    b.lengths.fill_(99)
+    for own in (b.tables.full, b.tables.int8, b.tables.int4):
+        own.fill_(2**30)
+    for own in (b.tables.lengths, b.tables.settled, b.tables.counts, b.turned.code):
+        own.fill_(99)
     b.rows.slot.fill_(1)
     for own in (made.tokens, made.log, made.pad):
         own.fill_(GARBAGE)
@@ -164,7 +172,7 @@ def test_cleared_no_row_is_in_use(llama, ladders, device, begun):
     decoder, _ = begun[0]
     decoder.clear()
     decoder.run()
-    assert decoder.buffers.lengths.tolist() == [0, 0]
+    assert decoder.buffers.tables.lengths.tolist() == [0, 0]
     assert decoder.buffers.rows.slot.tolist() == [-1, -1]
     assert decoder.generated.ended.tolist() == [1, 1]
     assert not decoder.buffers.attended.any()
@@ -173,26 +181,27 @@ def test_cleared_no_row_is_in_use(llama, ladders, device, begun):
 def test_parts_and_pages_and_probes():
     assert [pages_for(tokens) for tokens in (1, 16, 17, 48)] == [1, 1, 2, 3]
     assert [probed_layers(*asked) for asked in ((2, 4), (8, 2), (6, 4))] == [(0, 1), (3, 7), (1, 2, 3, 5)]
-    assert [splits_for(*asked) for asked in ((1, 8), (1, 32), (8, 8), (128, 8))] == [16, 8, 4, 1]
+    batches = ((1, 8), (1, 32), (8, 8), (128, 8))
+    assert [splits_for(*asked, 255, False) for asked in batches] == [16, 8, 4, 1]
+    assert [splits_for(*asked, 256, False) for asked in batches] == [16, 16, 8, 1]
+    assert [splits_for(*asked, 32, True) for asked in batches] == [32, 32, 16, 1]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_buffers_are_views_of_what_they_have(llama, rows):
     model = model_of(llama, 16)
-    buffers = Buffers.of(model, rows, pages=2, directions=5, probes=1, splits=2)
+    pool = Pool.of(model, 6, coded=False)
+    buffers = Buffers.of(model, pool.units, rows, pages=2, directions=5, probes=1, splits=2)
     assert buffers.outputs(7).shape == (rows, 7)
     assert buffers.shrunk(2).shape == (rows, 2, 5)
     assert buffers.outputs(2 * model.shape.inner).data_ptr() == buffers.y.data_ptr()
     assert buffers.shrunk(3).numel() == buffers.u.numel()
-    pool = Pool.of(model, 6)
     pages = buffers.pages(pool, 0)
-    assert pages.keys is pool.keys[0]
-    assert pages.values is pool.values[0]
-    assert pages.lengths is buffers.lengths
+    assert pages.memory.data_ptr() == pool.memory[0].data_ptr()
+    assert pages.tables is buffers.tables
     assert pool.nbytes == 2 * 6 * 16 * model.shape.kv_heads * model.shape.head_dim * 4
-    assert {getattr(buffers, own.name).device for own in fields(buffers) if own.name not in ("rows", "scratch")} == {
-        model.device
-    }
+    tensors = [own for field in fields(buffers) if isinstance(own := getattr(buffers, field.name), torch.Tensor)]
+    assert {own.device for own in tensors} == {model.device}
 
 
 def test_a_graph_does_what_it_is_given(device):

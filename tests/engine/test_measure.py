@@ -42,9 +42,10 @@ class Watch:
         rung = decoder.controller.trace[0, 0] if decides else rows.rung[0]
         note = {
             "decoder": decoder, "rung": int(rung), "decides": decides, "round": len(before) // per_round,
-            "steps": steps, "batch": len(b.lengths), "lengths": b.lengths.tolist(), "slots": rows.slot.tolist(),
-            "ended": decoder.generated.ended.tolist(), "counts": decoder.generated.count.tolist(),
-            "rungs": rows.rung.tolist(), "weights": rows.weight.tolist(), "table": b.table.flatten().tolist(),
+            "steps": steps, "batch": decoder.bucket.rows, "lengths": b.tables.lengths.tolist(),
+            "slots": rows.slot.tolist(), "ended": decoder.generated.ended.tolist(),
+            "counts": decoder.generated.count.tolist(), "rungs": rows.rung.tolist(), "weights": rows.weight.tolist(),
+            "table": [own[: decoders.pages_for(CONTEXT)].flatten().tolist() for own in b.tables.full],
         }  # fmt: skip
         self.asked.append(note)
         return self.of(note["rung"], decides, note["round"])
@@ -90,7 +91,8 @@ def test_every_row_is_in_use_at_the_rung_that_is_timed_behind_the_same_context(l
         assert note["lengths"] == [CONTEXT] * 2
         assert note["ended"] == note["counts"] == [0, 0]
         assert note["slots"] == [0, 1], "each its own copy of the adapter"
-        assert sorted(note["table"]) == list(range(2 * len(note["table"]) // 2))
+        named = [unit for row in note["table"] for unit in row]
+        assert len(set(named)) == len(named) == 2 * decoders.pages_for(CONTEXT), "no page is shared"
         assert note["steps"] == 3
         if not note["decides"]:
             assert note["rungs"] == [note["rung"]] * 2
@@ -123,7 +125,7 @@ def test_a_table_has_medians_behind_the_first_round_and_the_widest_spread_of_a_r
 def test_what_runs_reads_the_rung_that_it_is_timed_as(llama, ladders, monkeypatch):
     """For real: tokens and pages alike, the base model, a coded rung and the exact adapter differ, and deciding at the
     exact one computes what it does."""
-    monkeypatch.setattr(decoders, "splits_for", lambda rows, kv_heads: 2)
+    monkeypatch.setattr(decoders, "splits_for", lambda *_: 2)
     monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
     ladder = ladders[0].with_rungs([2])
     found: dict[tuple[int, bool], torch.Tensor] = {}
@@ -132,8 +134,7 @@ def test_what_runs_reads_the_rung_that_it_is_timed_as(llama, ladders, monkeypatc
     def without_adapter(timed) -> torch.Tensor:
         own = decoders.Decoder(timed.model, timed.pool, None, None, FixedPolicy((8,)), Settings(), timed.bucket)
         own.buffers.tokens.fill_(5)
-        own.buffers.lengths.fill_(CONTEXT)
-        own.buffers.table.copy_(timed.buffers.table)
+        own.hold([CONTEXT] * timed.bucket.rows)
         own.run()
         return own.buffers.logits
 

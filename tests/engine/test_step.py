@@ -16,8 +16,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from policy.settings import PAGE_TOKENS
 from runtime.control.signals import distant_attention
-from runtime.engine.buffers import Buffers, Pool
+from runtime.engine.buffers import Buffers
 from runtime.engine.model import DOWN, MEMBERS, model_of, why_not
+from runtime.engine.page_pool import Pool
 from runtime.engine.step import Forward
 from runtime.engine.store import AdapterStore
 from runtime.ladder import Ladder
@@ -107,15 +108,16 @@ class Batch:
                 for step, (_, rung, weight) in enumerate(uses[row]):
                     peer.weights[:, length + step, rung] = weight
         self.store = store
-        b = Buffers.of(self.model, len(prompts), 2, RANK, 1, splits)
+        pool = Pool.of(self.model, 2 * len(prompts), coded=False)
+        b = Buffers.of(self.model, pool.units, len(prompts), 2, RANK, 1, splits)
         reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena, self.plain.dtype)
         last = self.model.shape.layers - 1
         self.forward = Forward(
-            self.model, None if store is None else store.tables, reads, Pool.of(self.model, 2 * len(prompts)), b,
+            self.model, None if store is None else store.tables, reads, pool, b,
             splits, (last,), RECENT_PAGES,
         )  # fmt: skip
-        b.lengths.copy_(torch.tensor(prompts))
-        b.table.copy_(torch.arange(2 * len(prompts)).flip(0).view(-1, 2))
+        b.tables.lengths.copy_(torch.tensor(prompts))
+        b.tables.full.copy_(torch.arange(2 * len(prompts)).flip(0).view(-1, 2, 1))
         for row, length in enumerate(prompts):
             self.prefill(row, length)
         for own in (b.r, b.normed, b.squares, b.y, b.added, b.u, b.query, b.attended, b.inner, b.logits, b.distant):
@@ -126,11 +128,15 @@ class Batch:
         if not length:
             return
         cache = self.peers[row].run(self.plain, length).past_key_values
+        pool, (heads, channels) = self.forward.pool, (self.model.shape.kv_heads, self.model.shape.head_dim)
+        # Of a page the keys, and behind them the values.
+        memory = pool.memory.view(self.plain.dtype).view(-1, len(pool), heads, 2, PAGE_TOKENS, channels)
         for layer, own in enumerate(cache.layers):
-            for pool, found in ((self.forward.pool.keys, own.keys), (self.forward.pool.values, own.values)):
+            for part, found in enumerate((own.keys, own.values)):
                 for back in range(found.shape[2]):
                     page, slot = divmod(length - 1 - back, PAGE_TOKENS)
-                    pool[layer][int(self.forward.buffers.table[row, page]), :, slot] = found[0, :, -1 - back]
+                    unit = int(self.forward.buffers.tables.full[row, page])
+                    memory[layer, unit, :, part, slot] = found[0, :, -1 - back]
 
     def check_step(self, step: int) -> None:
         b = self.forward.buffers
@@ -152,11 +158,11 @@ class Batch:
         for row, peer in enumerate(self.peers):
             count = len(peer.tokens) - STEPS + step + 1
             if count == step + 1:
-                assert not b.lengths[row]
+                assert not b.tables.lengths[row]
                 continue
             truth, near = peer.run(self.exact, count), peer.run(self.plain, count)
             check_near(b.logits[row : row + 1].cpu(), near.logits[:, -1].float(), truth.logits[:, -1])
-            assert int(b.lengths[row]) == count
+            assert int(b.tables.lengths[row]) == count
             window = self.model.layers[-1].window
             softmax = truth.attentions[-1][0, :, -1]
             wanted = distant_attention(softmax, torch.full((len(softmax),), count - 1), RECENT_PAGES)

@@ -7,7 +7,7 @@ added where a row has none, every buffer's surroundings, and what is to be writt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from policy.settings import PAGE_TOKENS
 from runtime.engine.store import AdapterStore, Module
+from runtime.kv.formats import FULL
+from runtime.kv.units import Units
 from runtime.ladder import Ladder
 from runtime.ladder.formats import BITS, CODED
 from runtime.ops import linear as linears
@@ -25,11 +27,12 @@ from runtime.ops.gated import gate_up
 from runtime.ops.linear import Tiles, linear
 from runtime.ops.norm import Norm
 from runtime.ops.packed import ALIGNMENT, ENDS, FIRSTS, ROWS, STARTS_B, STRETCH, Reads
+from runtime.ops.pages import Pages, PageTables
 from runtime.ops.ready import LINE, X, nothing_ready
 from runtime.ops.reference import decode as reference
 from runtime.ops.residual import add_residual, squares_of
 from runtime.ops.resolve import Rows, reads_for, resolve
-from runtime.ops.rotary import Heads, Pages, rotate
+from runtime.ops.rotary import Heads, rotate
 from runtime.ops.shrink import Shares
 from tests.ops.ladders import RANK, factors, ladders_of, stored
 from tests.ops.near import arriving, check_guards, check_near, guarded, poisoned
@@ -298,13 +301,18 @@ class RotaryCase(Group):
     def __init__(self, adapters: Adapters, uses: list[Use], lengths: list[int], *, norms: bool = False, seed: int = 0):
         super().__init__(adapters, QKV, uses, normed=True, seed=seed)
         batch, most = len(uses), 3
-        # Page 0 is nobody's.
-        self.table = torch.zeros((batch, most), dtype=torch.int32)
+        # Of both kinds of units, as norms come and go.
+        self.units = Units(KV_HEADS, CHANNELS, self.dtype.itemsize, coded=norms)
+        parts = self.units.of(FULL)
+        self.tables = PageTables.of(batch, most, self.units, self.device)
+        self.tables.full.fill_(GARBAGE)
+        # The first units are nobody's.
         for row, length in enumerate(lengths):
             if length:
-                self.table[row, (length - 1) // PAGE_TOKENS] = batch - row
-        self.table = self.table.to(self.device)
-        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+                own = (batch - row) * parts + torch.arange(parts)
+                self.tables.full[row, (length - 1) // PAGE_TOKENS] = own.to(self.tables.full)
+        self.lengths = self.tables.lengths
+        self.lengths.copy_(torch.tensor(lengths))
         angles = 6 * torch.rand(max(lengths), CHANNELS // 2, generator=self.random)
         weights = (self.drawn(CHANNELS), self.drawn(CHANNELS)) if norms else (None, None)
         self.heads = Heads(*(guarded(own.to(self.device)) for own in (angles.cos(), angles.sin())), *weights, EPS)
@@ -312,23 +320,21 @@ class RotaryCase(Group):
     def outputs_of(self) -> tuple[Tensor, Pages]:
         batch = len(self.uses)
         query = poisoned(batch, HEADS, CHANNELS, device=self.device, dtype=self.dtype)
-        keys, values = (
-            poisoned(batch + 1, KV_HEADS, PAGE_TOKENS, CHANNELS, device=self.device, dtype=self.dtype) for _ in range(2)
-        )
-        return query, Pages(keys, values, self.table, self.lengths)
+        shape = ((batch + 1) * self.units.of(FULL), KV_HEADS, self.units.head_bytes // self.dtype.itemsize)
+        self.numbers = poisoned(*shape, device=self.device, dtype=self.dtype)
+        return query, Pages(self.numbers.view(torch.uint8), self.tables, self.units)
 
     def check(self, query: Tensor, pages: Pages, y: Tensor) -> None:
-        check_guards(query, pages.keys, pages.values)
-        used = self.lengths > 0
+        check_guards(query, self.numbers)
         (q, *kv), (true_q, *true_kv) = self.rotated(FP32, y), self.rotated(torch.float64, y)
         check_near(query, q, true_q)
-        for pool, own, true in zip((pages.keys, pages.values), kv, true_kv, strict=True):
-            wanted = torch.full_like(pool, torch.nan)
-            reference.write_page(wanted, own, self.table, self.lengths)
-            assert torch.equal(wanted.isnan(), pool.isnan())
-            there = pool[~pool.isnan()].view(int(used.sum()), -1)
-            # Pages are dealt out from the last row on.
-            check_near(there.flip(0), own[used], true[used])
+        wanted = torch.full_like(self.numbers, torch.nan)
+        reference.write_page(replace(pages, memory=wanted.view(torch.uint8)), *kv)
+        assert torch.equal(wanted.isnan(), self.numbers.isnan())
+        rows, unit, token = reference.token_places(pages)
+        tokens = self.numbers[..., : 2 * self.units.part_tokens * CHANNELS].unflatten(2, (2, -1, CHANNELS))
+        for part, (own, true) in enumerate(zip(kv, true_kv, strict=True)):
+            check_near(tokens[unit, :, part, token], own[rows], true[rows])
 
     def rotated(self, dtype: torch.dtype, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.heads

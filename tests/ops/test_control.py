@@ -12,6 +12,7 @@ from policy import (
     FULL_KV,
     ChunkSettings,
     FixedPolicy,
+    KVSettings,
     LearnedPolicy,
     Operating,
     PercentilePolicy,
@@ -21,7 +22,7 @@ from policy import (
     Summary,
 )
 from policy.difficulty import NEUTRAL, PAIRS, Difficulty
-from policy.settings import AGE, LOOKS, PAPER_SIGNALS, SIGNALS
+from policy.settings import AGE, LOOKS, PAGE_TOKENS, PAPER_SIGNALS, SIGNALS
 from runtime.control.bucket import Offer
 from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
 from runtime.control.state import Gathered
@@ -43,12 +44,18 @@ SLOTS = [3, 0, 2]
 """Where the ladders lie; slot 1 is empty."""
 PLACES = 7
 """Rows of the batch, of which some stay empty."""
+MOST_PAGES = 24
+"""That any row here fills."""
 GARBAGE = 2**40 + 3
+UNTOUCHED = -5.0
+"""In pages of rows that have not come."""
 
 # What differs in the float32 numbers are roundings: quotients and exponentials of one operation each for signals, and
 # for scales sums of up to 64 products, of size 1 and in another order, through two layers.
 CLOSE_SIGNAL = {"atol": 8 * 2**-24, "rtol": 0}
 CLOSE_SCALE = {"atol": 64 * 2**-24, "rtol": 0}
+# A complexity is a mean of signals that are as close, made by at most 16 operations here and 16 there.
+CLOSE_PAGE = {"atol": PAGE_TOKENS * (8 + 32) * 2**-24, "rtol": 0}
 
 
 def learned(signals=(*SIGNALS, AGE), hidden: int = 48, seed: int = 22) -> LearnedPolicy:
@@ -93,12 +100,39 @@ FIRST = Requests(
 SECOND = Requests((2, 1), (23, 1), (-3.5, 60.0), (0, 2), (0.4, INF), (2, 0), (4, 2))
 
 
-class Driver:
-    """Streams, and the controller that goes on from where their prompts end, fed with the same random numbers."""
+@dataclass(frozen=True)
+class Running:
+    """Rows that came together."""
 
-    def __init__(self, policy: RankPolicy, window: int, device: torch.device, **options: Tensor) -> None:
+    index: Tensor
+    stream: Stream
+    sums: Tensor
+    """[n, P] float64 of every page's complexities, as the stream measures them."""
+
+    def add(self, complexity: Tensor, real: Tensor) -> None:
+        """Complexity [n, T] of the latest block."""
+        pages = self.stream.block.positions // PAGE_TOKENS
+        self.sums.scatter_add_(1, pages, complexity.double() * real)
+
+
+class Driver:
+    """Streams, and the controller that goes on from where their prompts end, fed with the same random numbers.
+
+    With `pages` the controller sums complexities of so many a row, their signals weighted by `weights`.
+    """
+
+    def __init__(
+        self, policy: RankPolicy, window: int, device: torch.device, *, pages: int = 0,
+        weights: dict[str, float] | None = None, **options: Tensor,
+    ) -> None:  # fmt: skip
         self.policy, self.device = policy.to(device), device
-        self.settings = Settings(signals=SignalSettings(novelty_window_tokens=window, prior_decay_tokens=20))
+        signals = SignalSettings(novelty_window_tokens=window, prior_decay_tokens=20)
+        chunk = ChunkSettings() if weights is None else ChunkSettings(weights=weights)
+        self.settings = Settings(signals=signals, chunk=chunk)
+        self.complexity: Tensor | None = None
+        if pages:
+            self.complexity = torch.full((PLACES, pages), UNTOUCHED, dtype=torch.float64, device=device)
+            options["complexity"] = self.complexity
         self.random = torch.Generator().manual_seed(3)
         self.scales = torch.cat([0.5 + self.draw(3, len(RUNGS) - 1), torch.ones(3, 1, device=device)], 1)
         self.ladders = Ladders.of(4, IDS - 1, len(RUNGS), device)
@@ -110,7 +144,7 @@ class Driver:
         state = self.controller.state
         for poisoned in (state.gathered, state.balance, state.budget, state.cost, state.knob):
             poisoned.fill_(float("nan"))
-        self.streams: list[tuple[Tensor, Stream]] = []
+        self.running: list[Running] = []
         self.tokens, self.entropy = self.whole(GARBAGE), self.whole(float("nan"))
         self.surprisal, self.distant = self.whole(float("nan")), torch.full((PROBES, PLACES, HEADS), float("nan"))
         self.distant = self.distant.to(device)
@@ -132,55 +166,68 @@ class Driver:
         given = {f.name: torch.tensor(getattr(requests, f.name)) for f in fields(Requests)}
         ladders, counts = given["ladders"], given["prompts"]
         operating = Operating.at(
-            given["knobs"], given["starts"], FULL_KV, ladders, torch.tensor(requests.budgets, dtype=torch.float64)
-        )
+            given["knobs"], given["starts"], FULL_KV if self.complexity is None else KVSettings(), ladders,
+            torch.tensor(requests.budgets, dtype=torch.float64),
+        )  # fmt: skip
         stream = Stream(
             self.settings, self.policy, operating, Offer.of(COSTS[ladders], resident=given["resident"]), self.device,
             counts + requests.unread, difficulty=Difficulty.stack([DIFFICULTY[i] for i in requests.ladders]),
         )  # fmt: skip
+        index = torch.tensor(requests.places, device=self.device)
+        sums = torch.zeros(len(index), MOST_PAGES, dtype=torch.float64, device=self.device)
+        running = Running(index, stream, sums)
         for start in range(0, max(requests.prompts), 5):
             real = (start + torch.arange(5) < counts[:, None]).to(self.device)
             stream.open_block(self.draw_tokens(len(counts), 5), real)
             if stream.static is None:
-                stream.close_block(self.logits(len(counts), 5), self.draw(len(counts), 5))
-        index = torch.tensor(requests.places, device=self.device)
-        self.controller.load(index, stream, torch.tensor(SLOTS, device=self.device)[ladders.to(self.device)])
+                running.add(stream.close_block(self.logits(len(counts), 5), self.draw(len(counts), 5)), real)
+        slots = torch.tensor(SLOTS, device=self.device)[ladders.to(self.device)]
+        # Of the pages that a prompt has filled; it is for the controller to begin the others.
+        filled = sums[:, : -(-max(requests.prompts) // PAGE_TOKENS)]
+        self.controller.load(index, stream, slots, None if self.complexity is None else filled)
         self.tokens[index] = self.draw_tokens(len(index))
         if stream.expected is not None:  # which of a row without a token says nothing
             first = surprisal(stream.expected, self.tokens[index])
             self.surprisal[index] = torch.where(stream.state.position > 0, first, float("nan"))
-        self.streams.append((index, stream))
+        self.running.append(running)
 
     def step(self, hears: bool = True) -> None:
         """One token of every row through streams and controller, which must agree; then what follows from it."""
         self.rows.rung.fill_(-7)
         self.rows.weight.fill_(float("nan"))
         self.controller.step(self.tokens, self.entropy, self.surprisal, self.distant if hears else None)
-        for index, stream in self.streams:
+        for running in self.running:
+            index, stream = running.index, running.stream
             real = torch.ones(len(index), 1, dtype=torch.bool, device=self.device)
             weights = stream.open_block(self.tokens[index, None], real)
-            self.compare(index, stream, weights[:, 0], hears)
+            self.compare(running, weights[:, 0])
             logits = self.logits(len(index), 1)
             self.distant[:, index] = self.draw(PROBES, len(index), HEADS)
-            stream.close_block(logits, self.distant[:, index].mean((0, 2))[:, None])
+            running.add(stream.close_block(logits, self.distant[:, index].mean((0, 2))[:, None]), real)
             log_p = log_probabilities(logits[:, 0])
             self.entropy[index], self.tokens[index] = next_token_entropy(log_p), self.draw_tokens(len(index))
             self.surprisal[index] = surprisal(log_p, self.tokens[index])
 
-    def compare(self, index: Tensor, stream: Stream, weights: Tensor, hears: bool) -> None:
+    def compare(self, running: Running, weights: Tensor) -> None:
+        index, stream = running.index, running.stream
         own, state, rung = self.controller.state, stream.state, stream.block.rung[:, 0]
         assert self.rows.rung[index].tolist() == rung.tolist()
         scales = self.scales[state.operating.adapter].gather(1, rung[:, None])[:, 0]
         torch.testing.assert_close(self.rows.weight[index], weights.sum(1) * scales, **CLOSE_SCALE)
         assert own.position[index].tolist() == state.position.tolist()
         assert own.balance[index].tolist() == state.bucket.balance.tolist()
-        if not self.policy.looks:
+        if self.policy.looks:
+            self.check_apart(stream)
+        elif self.complexity is None:
             return
-        self.check_apart(stream)
         gathered = torch.stack([getattr(state.gathered, f.name) for f in fields(Gathered)], 1)
         torch.testing.assert_close(own.gathered[index], gathered, **CLOSE_SIGNAL)
         past = state.position[:, None] - stream.history.shape[1] + torch.arange(stream.history.shape[1]).to(index)
         assert torch.equal(own.history[index].gather(1, past % own.history.shape[1]).long(), stream.history)
+        if self.complexity is not None:
+            # Of a token that is about to be processed the model has put out nothing: up to the one before it.
+            sums = running.sums[:, : self.complexity.shape[1]]
+            torch.testing.assert_close(self.complexity[index], sums, **CLOSE_PAGE)
 
     def check_apart(self, stream: Stream) -> None:
         """That no decision hangs on a rounding: the best two rungs differ by more than those."""
@@ -199,6 +246,7 @@ def check_untouched(driver: Driver, places: list[int]) -> None:
     assert (state.history[places] == -1).all()
     assert state.gathered[places].isnan().all()
     assert state.balance[places].isnan().all()
+    assert driver.complexity is None or (driver.complexity[places] == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +319,7 @@ def test_a_place_is_taken_again(device):
     addresses = [getattr(driver.controller.state, f.name).data_ptr() for f in fields(driver.controller.state)]
     for _ in range(6):
         driver.step()
-    driver.streams.clear()
+    driver.running.clear()
     again = replace(SECOND, places=(5, 0))
     driver.admit(again)
     # Of a row that has just come the stream has taken in what the model has put out.
@@ -301,7 +349,7 @@ def test_a_fixed_policy_keeps_budget_and_prompt(device):
 def test_a_static_row_has_its_rung_without_a_step(device):
     driver = Driver(fixed(), 8, device)
     driver.admit(replace(FIRST, knobs=(2.0, 0.0, 9.0), starts=(2, 0, 4), budgets=(INF,) * 3, unread=0))
-    (index, stream), found = driver.streams[0], []
+    index, stream, found = driver.running[0].index, driver.running[0].stream, []
     assert stream.static == [2, 0, 4]
     for _ in range(2):
         found.append((driver.rows.rung[index].tolist(), driver.rows.weight[index].tolist()))
@@ -309,6 +357,79 @@ def test_a_static_row_has_its_rung_without_a_step(device):
     assert found[0] == found[1]
     expected = fixed().scales[stream.static] * driver.scales.cpu()[[0, 1, 2], stream.static]
     assert found[0] == ([2, 0, 4], expected.tolist())
+
+
+EACH = {name: 1.0 + i for i, name in enumerate(SIGNALS)}
+"""A weight of its own for every signal."""
+THIRD = replace(FIRST, prompts=(14, 30, 0), unread=5)
+"""Rows that begin pages one after the other, one of them in the prompt that is decoded."""
+
+
+@pytest.mark.parametrize(
+    ("policy", "weights", "steps"),
+    [
+        (learned(), EACH, 38),
+        (learned(("entropy", "novelty")), {"attention": 1.0, "pair": 0.5}, 8),
+        (fixed(), EACH, 38),
+        (fixed(), None, 20),
+        (fixed(), {"surprisal": 2.0, "difficulty": 1.0, "prior": 0.25}, 20),
+        (fixed(), {"surprisal": 1.0}, 5),
+    ],
+)
+def test_every_pages_complexity_is_the_streams(device, policy, weights, steps):
+    driver = Driver(policy, 13, device, pages=6, weights=weights)
+    driver.admit(THIRD)
+    second = steps // 2
+    for step in range(steps):
+        if step == second:
+            driver.admit(SECOND)
+        driver.step()
+        check_untouched(driver, [3, 6] if step >= second else [1, 2, 3, 6])
+    # so that the comparison says something
+    assert driver.running[0].sums[:, 0].all() == (weights != {"surprisal": 1.0})
+
+
+def test_pages_of_a_place_that_is_taken_again_go_on_from_what_they_are_given(device):
+    driver = Driver(fixed(), 8, device, pages=4)
+    driver.admit(THIRD)
+    for _ in range(20):
+        driver.step()
+    # A place that nobody is in stands still, whatever it was.
+    driver.rows.slot[0] = -1
+    left = driver.complexity[0].clone()
+    driver.running.clear()
+    driver.admit(replace(THIRD, places=(5, 4, 1)))
+    driver.entropy[[5, 4, 1]] = float("nan")
+    driver.distant[:, [5, 4, 1]] = float("nan")
+    # Beside so much a float32 sum would see no token.
+    driver.complexity[[5, 4, 1]] += 2**24
+    driver.running[0].sums.add_(2**24)
+    for _ in range(4):
+        driver.step()
+        assert torch.equal(driver.complexity[0], left)
+    stream = driver.running[0].stream
+    driver.controller.load(driver.running[0].index, stream, driver.rows.slot[[5, 4, 1]].clone())
+    assert not driver.complexity[[5, 4, 1]].any(), "given nothing, it begins anew"
+    assert torch.equal(driver.complexity[0], left)
+
+
+def test_nothing_is_added_beyond_the_last_page(device):
+    """Which would be the first one of the next row."""
+    driver = Driver(fixed(), 8, device, pages=1)
+    driver.admit(replace(THIRD, prompts=(14, 12, 15)))
+    for _ in range(8):
+        driver.step()
+        check_untouched(driver, [1, 2, 3, 6])
+    assert (driver.running[0].sums[:, 1] > 0).all()
+
+
+def test_attention_is_needed_where_pages_are_judged_by_it(device):
+    driver = Driver(fixed(), 8, device, pages=4, weights={**EACH, "attention": 0.0})
+    driver.admit(THIRD)
+    for _ in range(4):
+        driver.step(hears=False)
+    with pytest.raises(AssertionError, match="who looks at attention is given it"):
+        Driver(fixed(), 8, device, pages=4).step(hears=False)
 
 
 STEPS = 6

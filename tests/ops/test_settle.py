@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from policy.settings import PAGE_TOKENS
+from runtime.kv.units import Units
 from runtime.ops import gated, residual, rotary
 from runtime.ops.adapters import Update
 from runtime.ops.gated import gate_up
 from runtime.ops.packed import ENDS, RECORD, Reads, level_table
+from runtime.ops.pages import Pages, PageTables
 from runtime.ops.reference import decode as reference
 from runtime.ops.residual import add_residual, embed, squares_of
-from runtime.ops.rotary import Heads, Pages, rotate
+from runtime.ops.rotary import Heads, rotate
 from tests.ops.near import arriving, check_guards, check_near, guarded, poisoned
 
 HIDDEN, HEADS, KV_HEADS, CHANNELS = 116, 3, 1, 20
@@ -88,20 +90,22 @@ def test_rotary_adds_what_records_tell_of(batch, adapted, device):
     told = Told([HEADS * CHANNELS, CHANNELS, CHANNELS], batch, device)
     angles = told.drawn(5, CHANNELS // 2)
     heads = Heads(guarded(angles.cos()), guarded(angles.sin()))
-    lengths = torch.full((batch,), 5, dtype=torch.int32, device=device)
-    table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    units = Units(KV_HEADS, CHANNELS, FP32.itemsize, coded=False)
+    tables = PageTables.of(batch, 1, units, device)
+    tables.full.copy_(torch.arange(batch)[:, None, None])
+    lengths = tables.lengths.fill_(5)
     query = poisoned(batch, HEADS, CHANNELS, device=device)
-    keys, values = (poisoned(batch, KV_HEADS, PAGE_TOKENS, CHANNELS, device=device) for _ in range(2))
-    pages = Pages(keys, values, table, lengths)
+    memory = poisoned(batch, KV_HEADS, 2, PAGE_TOKENS, CHANNELS, device=device)
+    pages = Pages(memory.flatten(2).view(torch.uint8), tables, units)
     with arriving([rotary], told.y, told.update.added, lengths):
         rotate(told.y, query, pages, heads, update=told.update if adapted else None)
-    check_guards(query, keys, values)
+    check_guards(query, memory)
     total = told.total if adapted else told.y.double()
     eager, truth = (
         reference.rotate(own, heads.cosine, heads.sine, lengths, (HEADS, KV_HEADS), own.dtype)
         for own in (total.float(), total)
     )
-    for own, near, true in zip((query, keys[:, :, 4], values[:, :, 4]), eager, truth, strict=True):
+    for own, near, true in zip((query, memory[:, :, 0, 4], memory[:, :, 1, 4]), eager, truth, strict=True):
         check_near(own, near, true)
 
 

@@ -4,7 +4,7 @@ Everything is computed in float32, or in float64 of an x or y that is float64, a
 a kernel stores it.
 
 Shape legend: B rows, D inputs or channels, N outputs, F inner channels, H query heads, Hkv key and value heads, C
-channels of a head, M modules, P pages.
+channels of a head, M modules.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from policy.settings import PAGE_TOKENS
+
+from ..pages import Pages
 
 Factors = tuple[Tensor, Tensor]
 """a [n, D] and b [n, N] of the n directions that a row reads."""
@@ -106,12 +108,24 @@ def rotate(
     return query.to(dtype), keys.to(dtype), values.to(dtype)
 
 
-def write_page(pool: Tensor, own: Tensor, table: Tensor, lengths: Tensor) -> None:
-    """Put every row's keys or values own [B, Hkv, C] in its place of pool [P, Hkv, 16, C]; table [B, pages of a row]
-    int32, lengths [B] as `rotate` has them. A row of length 0 is not in use, and nothing of it is written."""
-    rows = lengths.nonzero()[:, 0]
-    page, slot = table.shape[1] * rows, lengths[rows].long() - 1
-    pool[table.flatten()[page + slot // PAGE_TOKENS].long(), :, slot % PAGE_TOKENS] = own[rows]
+def token_places(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows in use their numbers, the unit that the newest token of each is in, and which of the unit's tokens it is;
+    lengths as `rotate` has them."""
+    tables, part = pages.tables, pages.units.part_tokens
+    rows = tables.lengths.nonzero()[:, 0]
+    page, slot = (tables.lengths[rows].long() - 1).div(PAGE_TOKENS, rounding_mode="floor"), tables.lengths[rows] - 1
+    slot = slot.long() % PAGE_TOKENS
+    return rows, tables.full[rows, page, slot // part].long(), slot % part
+
+
+def write_page(pages: Pages, keys: Tensor, values: Tensor) -> None:
+    """Put every row's keys and values [B, Hkv, C] in their place of its live page, in the dtype that they have."""
+    rows, unit, token = token_places(pages)
+    width, part = keys.shape[2], pages.units.part_tokens
+    numbers = pages.memory.view(keys.dtype)
+    for own, first in ((keys, 0), (values, part)):
+        at = (first + token)[:, None] * width + torch.arange(width, device=token.device)
+        numbers[unit[:, None, None], torch.arange(keys.shape[1], device=token.device)[:, None], at[:, None]] = own[rows]
 
 
 def embed(

@@ -29,13 +29,13 @@ def poison(serving, begun_lengths):
         found += [b.scratch.sums, b.scratch.softmax]
     if not decoder.bucket.decides:
         found += [b.distant, decoder._entropy, decoder._surprisal]
-    unused = decoder.bucket.pages * rows
-    found += [own[unused:] for own in (*pool.keys, *pool.values)]
     for own in found:
         own.fill_(torch.nan)
+    pool.memory[:, pool.free.stack[: int(pool.free.top)].long()] = 255
     scratch.winner.fill_(2**30)
     decoder._forward.reads.records.fill_(-1)
-    b.table[rows:].fill_(2**30)
+    for own in (b.tables.full, b.tables.int8, b.tables.int4):
+        own[rows:].fill_(2**30)
 
 
 def run(serving, begun, each_step):
