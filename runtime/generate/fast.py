@@ -202,6 +202,7 @@ class FastPath:
         # Rows that have ended hold the padding that they were fed.
         lengths = [length + len(steps) for length in cache.lengths]
         token_bytes = sum(layer.token_bytes for layer in cache.layers)
+        assert int(decoder.pool.free.dry) == 0, "a pool has what its rows may need"
         held = kv_bytes(decoder.buffers.tables, lengths, decoder.pool.units, len(cache.layers))
         self.run.last = Spent(stream, lengths, token_bytes, held, decoder.pool.nbytes)  # type: ignore[assignment]
 

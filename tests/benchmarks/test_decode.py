@@ -16,8 +16,10 @@ from benchmarks.net import COLUMNS, RETURNED, net, returned, rows_of
 from benchmarks.records import load_record
 from benchmarks.shapes import SHAPES
 from benchmarks.traces import DEFAULT, Trace, load_traces, save_traces
+from policy.settings import KVSettings
 from runtime.engine.model import model_of
 from runtime.engine.store import AdapterStore, needed_bytes
+from runtime.kv.formats import FULL, INT8
 from runtime.ladder.formats import BITS
 from runtime.ops.packed import ROWS, STARTS_A
 
@@ -134,6 +136,24 @@ def test_adapters_share_scales_and_no_code(bench):
     assert exact == RANK * widths.sum()
     assert same.all(0).sum() >= exact + eight > exact
     assert not torch.isnan(parts[2][same[2].repeat_interleave(4)].view(torch.float32)).any()
+
+
+def test_pages_in_fewer_bits_are_counted_as_what_they_are(bench, monkeypatch):
+    """Of 39 to 41 tokens one page is a sink, one is coded, and the rest is live; the pool is no larger than that takes,
+    and what a page has lost is free."""
+    decoders = []
+    monkeypatch.setattr(timing, "KV_POLICY", KVSettings(window_tokens=0))
+    monkeypatch.setattr(Bench, "_check", lambda own, case, decoder, rungs: decoders.append(decoder))
+    record = bench.time(Case(2, CONTEXT, 4, 4, controller=True, int8_share=1.0), 1, 1e9)
+    (decoder,) = decoders
+    units, rows = decoder.pool.units, 2 * bench.model.shape.layers
+    assert record["kv_bytes"] == rows * (24 * units.page_bytes(FULL) // 16 + units.page_bytes(INT8))
+    assert record["kv"] == "mixed"
+    assert record["kv_share"] == record["kv_bytes"] / (rows * CONTEXT * units.page_bytes(FULL) / 16)
+    assert decoder.buffers.tables.counts.tolist() == [[1, 1, 0]] * 2
+    assert int(decoder.pool.free.dry) == 0
+    held = 2 * (2 * units.of(FULL) + units.of(INT8))
+    assert held <= len(decoder.pool) <= held + 2 * (2 * units.of(FULL) + units.of(INT8))
 
 
 def test_the_cases_are_those_of_the_issue():
