@@ -43,7 +43,7 @@ def decode_attention(
         weights = (scale * own @ keys.mT).softmax(-1)
         out[row] = (weights @ values).flatten(0, 1).to(query.dtype)
         # What comes last is the row's last tokens, whatever has become of the pages before them.
-        recent = max(0, length - PAGE_TOKENS * max(0, _pages(length) - recent_pages))
+        recent = max(0, length - PAGE_TOKENS * (_pages(length) - recent_pages))
         distant[row] = weights[..., : max(0, keys.shape[1] - recent)].sum(-1).flatten()
     return out.flatten(1), distant
 
