@@ -19,12 +19,12 @@ from policy.settings import FULL_KV, PAGE_TOKENS, KVSettings, Settings
 from runtime.control.bucket import Offer
 from runtime.control.stream import Stream
 from runtime.engine.control import Ladders
-from runtime.engine.decoder import Bucket, Decoder, pages_for
+from runtime.engine.decoder import Bucket, Decoder
 from runtime.engine.model import Model, model_of
-from runtime.engine.page_pool import Pool, kv_bytes, place, set_policy
+from runtime.engine.page_pool import Pool, kv_bytes, place, set_policy, units_of
 from runtime.engine.store import AdapterStore, needed_bytes
 from runtime.kv.formats import FULL, INT4, INT8
-from runtime.kv.units import Units
+from runtime.kv.units import pages_for
 from runtime.ladder import Ladder
 
 from .cases import Case
@@ -177,7 +177,7 @@ class Bench:
         """With no more room than a run takes: what there is, what is begun, and what is given back a step later."""
         formats, _ = self._formats(case)
         coded = case.int8_share is not None
-        units = Units(self.model.shape.kv_heads, self.model.shape.head_dim, self.model.dtype.itemsize, coded)
+        units = units_of(self.model, coded)
         begun = pages_for(case.context + STEPS) - formats.shape[1]
         more = units.of(FULL) * begun if not coded else 2 * units.of(FULL) + units.of(INT8) * begun
         held = sum(int((formats == code).sum()) * units.of(code) for code in ((FULL, INT8, INT4) if coded else (FULL,)))

@@ -29,10 +29,11 @@ from policy.settings import FULL_KV, Settings
 from runtime.control.bucket import Offer
 from runtime.control.stream import Stream
 from runtime.engine.control import Controller, Ladders
-from runtime.engine.decoder import pages_for, probed_layers, splits_for
+from runtime.engine.decoder import probed_layers, splits_for
 from runtime.engine.model import DOWN, GATE_UP, MEMBERS, OUT, QKV, Layer, Linears, Model
+from runtime.engine.page_pool import units_of
 from runtime.engine.store import AdapterStore, Module
-from runtime.kv.units import Units
+from runtime.kv.units import pages_for
 from runtime.ladder import Ladder
 from runtime.ops.adapters import Update
 from runtime.ops.attention import AttentionScratch, decode_attention
@@ -228,7 +229,7 @@ class Kernels:
     def _pages(self, layers: int) -> list[Pages]:
         """Full pages of so many layers, of fewer where they take more than `POOL_BYTES`."""
         s, device, pages = self.model.shape, self.model.device, pages_for(self.context)
-        units = Units(s.kv_heads, s.head_dim, self.model.dtype.itemsize, coded=False)
+        units = units_of(self.model, coded=False)
         tables = PageTables.of(self.batch, pages, units, device)
         tables.full.copy_(torch.arange(self.batch * pages).view(self.batch, pages, 1))
         tables.lengths.fill_(self.context)

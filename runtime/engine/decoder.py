@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from policy.contract import RankPolicy
-from policy.settings import PAGE_TOKENS, Settings
+from policy.settings import Settings
 
 from ..control.stream import Stream
 from ..kv.formats import FULL, NONE
+from ..kv.units import pages_for
 from ..ops.pages import turn
 from ..ops.quantise import quantise_turned
 from ..ops.reference.sampling import Generated, Sampling, SamplingRows
@@ -68,8 +69,8 @@ class Begin:
 
 
 LONG_PAGES = 256
-"""From here on a row's attention has twice as many parts: at 32,768 tokens a single row takes 127 us a layer of them
-and 156 without, at 512 they would only have to be joined (docs/log.md)."""
+"""From here on a row's attention has twice as many parts: at 32,768 tokens a single row takes 127 us a layer with them
+and 156 without (docs/log.md). Where between 512 and that they begin to pay has not been measured."""
 
 
 def splits_for(rows: int, kv_heads: int, pages: int, coded: bool) -> int:
@@ -156,9 +157,8 @@ class Decoder:
 
     def hold(self, lengths: Sequence[int]) -> None:
         """Rows of so many tokens in the model's dtype, whatever they are, and no others: for who times steps."""
-        formats = torch.tensor(
-            [[FULL] * pages_for(own) + [NONE] * (self.bucket.pages - pages_for(own)) for own in lengths]
-        )
+        pages = torch.tensor([pages_for(own) for own in lengths])
+        formats = torch.where(torch.arange(self.bucket.pages) < pages[:, None], FULL, NONE)
         place(self.pool, self.buffers.tables, self.buffers.turned, formats, lengths, [0] * len(lengths))
 
     def begin(self, begin: Begin) -> None:
@@ -166,8 +166,10 @@ class Decoder:
         b, g = self.buffers, self.generated
         count = len(begin.slots)
         index = torch.arange(count, device=self.model.device)
+        kv = begin.stream.state.operating.kv
+        assert kv.is_full or self.pool.units.coded, "attention finds no dropped page where none may be coded"
         self._idle()
-        set_policy(b.kept, begin.stream.state.operating.kv)
+        set_policy(b.kept, kv)
         if self.controller is not None:
             self.controller.load(index, begin.stream, begin.slots, begin.complexity)
         g.seen.zero_()
@@ -183,8 +185,3 @@ class Decoder:
 
     def _sample(self) -> None:
         sample(self.buffers.logits, self.sampling, self.generated, self._entropy, self._surprisal, self._scratch)
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that so many tokens take."""
-    return -(-tokens // PAGE_TOKENS)

@@ -18,13 +18,18 @@ from policy.operating import KVRows
 from policy.settings import PAGE_ACTIONS, PAGE_TOKENS
 
 from ..kv.formats import FORMATS, FULL, INT4, INT8
-from ..kv.units import CODED, Units
+from ..kv.units import CODED, Units, pages_for
 from ..ops.pages import FreeUnits, PagePolicy, PageTables, Turned
 from .model import Model
 
 _BEYOND = 3
 """Pages in the model's dtype beside sinks and window: one that the window begins in, one that the newest token is in,
 and one that has been coded and is given back a step later."""
+
+
+def units_of(model: Model, coded: bool) -> Units:
+    """Units of a model's pages, which may be coded or never are."""
+    return Units(model.shape.kv_heads, model.shape.head_dim, model.dtype.itemsize, coded)
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Pool:
     @classmethod
     def of(cls, model: Model, count: int, coded: bool) -> Pool:
         """`count` units, of pages that may be coded or that never are. What is in them is arbitrary."""
-        s = model.shape
-        units = Units(s.kv_heads, s.head_dim, model.dtype.itemsize, coded)
-        memory = torch.empty(s.layers, count, s.kv_heads, units.head_bytes, dtype=torch.uint8, device=model.device)
+        units = units_of(model, coded)
+        shape = (model.shape.layers, count, units.heads, units.head_bytes)
+        memory = torch.empty(shape, dtype=torch.uint8, device=model.device)
         return cls(memory, units, FreeUnits.of(count, model.device))
 
     @property
@@ -56,9 +61,9 @@ def units_needed(kv: KVRows, tokens: Sequence[int], units: Units) -> int:
     """Units that rows of up to `tokens` tokens take at most, whatever their text: what admits them."""
     total = 0
     for row, count in enumerate(tokens):
-        pages = -(-count // PAGE_TOKENS)
+        pages = pages_for(count)
         coded = max(units.of(FORMATS.index(PAGE_ACTIONS[int(own[row])])) for own in (kv.hard, kv.easy))
-        window = -(-int(kv.window_tokens[row]) // PAGE_TOKENS)
+        window = pages_for(int(kv.window_tokens[row]))
         full = min(pages, int(kv.sink_pages[row]) + window + _BEYOND)
         total += units.of(FULL) * full + coded * (pages - full)
     return total

@@ -21,11 +21,11 @@ from ..control.stream import Stream
 from ..engine import control
 from ..engine import model as engine_model
 from ..engine.control import Ladders
-from ..engine.decoder import Begin, Bucket, Decoder, pages_for
-from ..engine.model import model_of
-from ..engine.page_pool import Pool, kv_bytes, units_needed
+from ..engine.decoder import Begin, Bucket, Decoder
+from ..engine.model import Model, model_of
+from ..engine.page_pool import Pool, kv_bytes, units_needed, units_of
 from ..engine.store import AdapterStore, needed_bytes
-from ..kv.units import Units
+from ..kv.units import pages_for
 from ..plan import RunPlan
 from ..reference.adaptive import AdaptiveRun, end_tokens, generation_option
 from ..reference.run import AdaptiveCache
@@ -42,22 +42,23 @@ def why_not(model: PreTrainedModel, plan: RunPlan) -> str | None:
     reason = control.why_not(plan.policy, plan.settings)
     if reason is not None:
         return f"of the policy: {reason}"
-    reason = pages_why_not(model, plan)
+    own = model_of(model, 1)
+    reason = _pages_why_not(own, plan)
     if reason is not None:
         return reason
-    known = model_of(model, 1).modules()
+    known = own.modules()
     other = next((name for ladder in plan.ladders for name in ladder.modules if name not in known), None)
     return None if other is None else f"an adapter adapts {other}, which is no linear of a layer"
 
 
-def pages_why_not(model: PreTrainedModel, plan: RunPlan) -> str | None:
+def _pages_why_not(model: Model, plan: RunPlan) -> str | None:
     """Why the engine cannot keep the pages of a run, as a clause; None where it can."""
     kv = plan.operating.kv
     if kv.is_full:
         return None
     if kv.may_be_sparse:
         return "its KV policy makes pages sparse"
-    if any(layer.window for layer in model_of(model, 1).layers):
+    if any(layer.window for layer in model.layers):
         return "its KV policy codes pages, and layers of the model see a window of the text"
     least = PAGE_TOKENS * max(1, plan.settings.signals.recent_pages - 1)
     shortest = int(kv.window_tokens.min())
@@ -74,6 +75,7 @@ class Spent:
     lengths: list[int]
     token_bytes: int
     held: int
+    """Bytes of its keys and values, each page in its format"""
     allocated: int
 
     def kv_bytes(self) -> int:
@@ -147,9 +149,7 @@ class FastPath:
         ends = torch.tensor(options.ends, dtype=torch.long, device=self.model.device)
         hand_over(cache, decoder.pool, decoder.buffers.tables, decoder.buffers.turned)
         complexity = cache.table.complexity if decoder.pool.units.coded else None
-        decoder.begin(
-            Begin(cache.stream, slots, complexity, logits, ids, options.sampling, ends, options.pad)
-        )  # fmt: skip
+        decoder.begin(Begin(cache.stream, slots, complexity, logits, ids, options.sampling, ends, options.pad))
         return decoder
 
     def _decoder(self, longest: Sequence[int], cache: AdaptiveCache, options: Options) -> Decoder:
@@ -157,7 +157,7 @@ class FastPath:
         decides, kv = cache.stream.static is None, cache.kv
         pages = pages_for(max(longest))
         bucket = Bucket(_power(len(longest)), _power(pages), _power(options.new_tokens), len(options.ends), decides)
-        units = Units(self.model.shape.kv_heads, self.model.shape.head_dim, self.model.dtype.itemsize, not kv.is_full)
+        units = units_of(self.model, coded=not kv.is_full)
         needed = units_needed(kv, longest, units)
         pool = self._pool
         if pool is None or pool.units != units or len(pool) < needed:

@@ -75,3 +75,8 @@ class Units:
             return 2 * numbers * self.itemsize
         scales = 2 * self.heads * (self.channels + PAGE_TOKENS)
         return {INT8: 2 * numbers + scales, INT4: numbers + scales, DROPPED: 0}[code]
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // PAGE_TOKENS)

@@ -33,13 +33,14 @@ from policy.settings import FULL_KV, MOST_TOKENS, Settings
 from ..control.bucket import Offer
 from ..control.stream import Stream
 from ..engine.control import Ladders
-from ..engine.decoder import Bucket, Decoder, pages_for
+from ..engine.decoder import Bucket, Decoder
 from ..engine.model import model_of
 from ..engine.page_pool import Pool
 from ..engine.store import AdapterStore, needed_bytes
 from ..fingerprint import model_fingerprint
 from ..generate.fast import why_not
 from ..generate.options import MOST_ROWS
+from ..kv.units import pages_for
 from ..ladder import Ladder
 from ..loading import context_limit, device_name
 from ..plan import static_plan

@@ -79,6 +79,14 @@ def _zero(k0, k1, k2, k3, ZERO: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _no_tokens(LANES: tl.constexpr, FOURTH: tl.constexpr):
+    """What `_joined_fourths` takes, before any token."""
+    nothing = tl.zeros([LANES], tl.float32)
+    sums = tl.zeros([LANES, FOURTH], tl.float32)
+    return tl.full([LANES], NOTHING, tl.float32), nothing, nothing, sums, sums, sums, sums
+
+
+@triton.jit
 def _joined_fourths(top, total, offset, s0, s1, s2, s3, ZERO: tl.constexpr, EXACT: tl.constexpr):
     """Lanes that each have a softmax of their own as one row. Their sums are of `_code`, of every fourth channel;
     `offset` is those of weights, scales included."""
@@ -125,13 +133,7 @@ def int8_alone(
     pair = tl.arange(0, LANES)[:, None] + LANES * tl.arange(0, HALF // LANES)[None, :]
     word = tl.arange(0, FOURTH)
     q0, q1, q2, q3 = _every_fourth(query, factor, D, FOURTH)
-    top = tl.full([LANES], NOTHING, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    offset = tl.zeros([LANES], tl.float32)
-    s0 = tl.zeros([LANES, FOURTH], tl.float32)
-    s1 = tl.zeros([LANES, FOURTH], tl.float32)
-    s2 = tl.zeros([LANES, FOURTH], tl.float32)
-    s3 = tl.zeros([LANES, FOURTH], tl.float32)
+    top, total, offset, s0, s1, s2, s3 = _no_tokens(LANES, FOURTH)
     stride: tl.constexpr = HKV * HEAD // 4
     own = (token[:, :, None] * (D // 4) + word[None, None, :])[:, None, :, :]
     for start in tl.range(first, end, PAGES, num_stages=STAGES):
@@ -178,13 +180,7 @@ def int4_alone(
     token = tl.arange(0, LANES)[:, None] + LANES * tl.arange(0, HALF // LANES)[None, :]
     word = tl.arange(0, FOURTH)
     q0, q1, q2, q3 = _every_fourth(query, factor, D, FOURTH)
-    top = tl.full([LANES], NOTHING, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    offset = tl.zeros([LANES], tl.float32)
-    s0 = tl.zeros([LANES, FOURTH], tl.float32)
-    s1 = tl.zeros([LANES, FOURTH], tl.float32)
-    s2 = tl.zeros([LANES, FOURTH], tl.float32)
-    s3 = tl.zeros([LANES, FOURTH], tl.float32)
+    top, total, offset, s0, s1, s2, s3 = _no_tokens(LANES, FOURTH)
     stride: tl.constexpr = HKV * HEAD // 4
     own = (token[:, :, None] * (D // 4) + word[None, None, :])[:, None, :, :]
     for start in tl.range(first, end, PAGES, num_stages=STAGES):

@@ -12,13 +12,14 @@ from runtime.control.record import Keep
 from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
 from runtime.engine import decoder as decoders
 from runtime.engine.buffers import Buffers
-from runtime.engine.decoder import pages_for, probed_layers, splits_for
+from runtime.engine.decoder import probed_layers, splits_for
 from runtime.engine.graph import Graph
 from runtime.engine.model import model_of
 from runtime.engine.page_pool import Pool
 from runtime.generate.fast import FastPath
 from runtime.generate.options import Options
 from runtime.kv.formats import FULL
+from runtime.kv.units import pages_for
 from runtime.ops.reference.pages import read_row
 from runtime.ops.shrink import Shares
 from runtime.plan import plan_run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from transformers import LogitsProcessor, StoppingCriteria, TextStreamer, set_se
 from policy import Operating, PercentilePolicy
 from runtime import adaptive, generate
 from runtime.engine import decoder as decoders
-from runtime.ops.shrink import Shares
 from tests.engine import tiny
 from tests.engine.tiny import BUDGETS, GREEDY, prompts
 
@@ -23,20 +21,7 @@ FAST = {"fast": True, "max_new_tokens": 1}
 """A generation of which the engine chooses one token and decodes none."""
 
 
-@pytest.fixture(autouse=True)
-def made(monkeypatch):
-    """Every decoder that is made; of kernels fewer programs, each with more to do, as interpreted programs are slow."""
-    found = []
-
-    class Kept(decoders.Decoder):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            found.append(self)
-
-    monkeypatch.setattr(import_module("runtime.generate.fast"), "Decoder", Kept)
-    monkeypatch.setattr(decoders, "splits_for", lambda *_: 2)
-    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
-    return found
+pytestmark = pytest.mark.usefixtures("made")
 
 
 def completed(model, adapter, given, **options):

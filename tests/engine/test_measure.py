@@ -18,6 +18,7 @@ from policy import FixedPolicy, Settings
 from policy.measured import MeasuredCost
 from runtime.engine import decoder as decoders
 from runtime.fingerprint import model_fingerprint
+from runtime.kv.units import pages_for
 from runtime.ladder import save_ladder
 from runtime.loading import device_name
 from runtime.measure.__main__ import measure, parser
@@ -45,7 +46,7 @@ class Watch:
             "steps": steps, "batch": decoder.bucket.rows, "lengths": b.tables.lengths.tolist(),
             "slots": rows.slot.tolist(), "ended": decoder.generated.ended.tolist(),
             "counts": decoder.generated.count.tolist(), "rungs": rows.rung.tolist(), "weights": rows.weight.tolist(),
-            "table": [own[: decoders.pages_for(CONTEXT)].flatten().tolist() for own in b.tables.full],
+            "table": [own[: pages_for(CONTEXT)].flatten().tolist() for own in b.tables.full],
         }  # fmt: skip
         self.asked.append(note)
         return self.of(note["rung"], decides, note["round"])
@@ -92,7 +93,7 @@ def test_every_row_is_in_use_at_the_rung_that_is_timed_behind_the_same_context(l
         assert note["ended"] == note["counts"] == [0, 0]
         assert note["slots"] == [0, 1], "each its own copy of the adapter"
         named = [unit for row in note["table"] for unit in row]
-        assert len(set(named)) == len(named) == 2 * decoders.pages_for(CONTEXT), "no page is shared"
+        assert len(set(named)) == len(named) == 2 * pages_for(CONTEXT), "no page is shared"
         assert note["steps"] == 3
         if not note["decides"]:
             assert note["rungs"] == [note["rung"]] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,13 +11,12 @@ import torch
 from policy import FULL_KV, KVSettings
 from policy.operating import KVRows
 from runtime import adaptive
-from runtime.engine import decoder as decoders
 from runtime.engine.model import model_of
 from runtime.engine.page_pool import Pool, place, units_needed
+from runtime.generate import fast as fast_path
 from runtime.kv.formats import DROPPED, FORMATS, FULL, INT4, INT8, NONE
-from runtime.kv.units import Units
+from runtime.kv.units import Units, pages_for
 from runtime.ops.pages import PageTables, Turned
-from runtime.ops.shrink import Shares
 from tests.engine import tiny
 from tests.engine.tiny import GREEDY, prompts
 
@@ -28,20 +26,13 @@ NEW = 18
 """More than a page: of every row one leaves the window while it decodes."""
 
 
+pytestmark = pytest.mark.usefixtures("made")
+
+
 @pytest.fixture(autouse=True)
-def made(monkeypatch):
-    """Every decoder that is made; of kernels fewer programs, each with more to do, as interpreted programs are slow."""
-    found = []
-
-    class Kept(decoders.Decoder):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            found.append(self)
-
-    monkeypatch.setattr(import_module("runtime.generate.fast"), "Decoder", Kept)
-    monkeypatch.setattr(decoders, "splits_for", lambda *_: 2)
-    monkeypatch.setattr(Shares, "of", lambda batch, width, directions: Shares(1, 8, 128, 128))
-    return found
+def exactly(monkeypatch):
+    """Pools have no unit more than rows may need."""
+    monkeypatch.setattr(fast_path, "_rounded", lambda count: count)
 
 
 def both(llama, ladders, policy, given, kv, *, new=NEW, **options):
@@ -70,7 +61,7 @@ def held(decoder, rows):
     tables = decoder.buffers.tables
     for row in range(rows):
         full, int8, int4 = tables.counts[row].tolist()
-        settled, pages = int(tables.settled[row]), decoders.pages_for(int(tables.lengths[row]))
+        settled, pages = int(tables.settled[row]), pages_for(int(tables.lengths[row]))
         yield Counter({FULL: full + pages - settled, INT8: int8, INT4: int4, DROPPED: settled - full - int8 - int4})
 
 
@@ -150,8 +141,8 @@ def test_a_pool_made_anew_where_formats_or_room_change(llama, ladders, learned, 
 
 
 @pytest.mark.parametrize("coded", [True, False])
-def test_units_needed_are_enough_and_are_met(coded):
-    """Of the rows that take most, every page is of the dearer format."""
+def test_units_needed_are_counted_by_hand(coded):
+    """Of a row sinks, window and what is under way in the model's dtype, all else in the dearer format."""
     units = Units(2, 8, 4, coded)
     kv = KVRows.of([SHORT, FULL_KV] if coded else [FULL_KV] * 2)
     lengths = (200, 90)

@@ -11,6 +11,7 @@ from torch import Tensor
 from policy.settings import PAGE_TOKENS
 
 from ...kv.formats import FULL
+from ...kv.units import pages_for
 from ..pages import Pages
 from .pages import read_row, unpack_page
 
@@ -43,7 +44,7 @@ def decode_attention(
         weights = (scale * own @ keys.mT).softmax(-1)
         out[row] = (weights @ values).flatten(0, 1).to(query.dtype)
         # What comes last is the row's last tokens, whatever has become of the pages before them.
-        recent = max(0, length - PAGE_TOKENS * (_pages(length) - recent_pages))
+        recent = max(0, length - PAGE_TOKENS * (pages_for(length) - recent_pages))
         distant[row] = weights[..., : max(0, keys.shape[1] - recent)].sum(-1).flatten()
     return out.flatten(1), distant
 
@@ -56,12 +57,8 @@ def _seen(pages: Pages, row: int, window: int, dtype: torch.dtype) -> tuple[Tens
     length = int(pages.tables.lengths[row])
     begin = max(0, length - window)
     first = begin // PAGE_TOKENS
-    numbers = pages.tables.full[row, first : _pages(length)].long().T
+    numbers = pages.tables.full[row, first : pages_for(length)].long().T
     parts = unpack_page(FULL, pages.memory[numbers], pages.units, dtype)
     seen = slice(begin - PAGE_TOKENS * first, length - PAGE_TOKENS * first)
     keys, values = (parts[name].flatten(1, 2).transpose(0, 1)[seen] for name in ("keys", "values"))
     return keys, values
-
-
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS)

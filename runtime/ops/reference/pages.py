@@ -19,7 +19,7 @@ from torch import Tensor
 from policy.settings import PAGE_TOKENS
 
 from ...kv.formats import DROPPED, FULL, INT4, INT8, NONE, Parts, decode, encode
-from ...kv.units import CODED, Units
+from ...kv.units import CODED, Units, pages_for
 from ..pages import FreeUnits, PagePolicy, PageTables, Turned
 
 
@@ -86,7 +86,7 @@ def claim(tables: PageTables, free: FreeUnits, rows: Sequence[int], lengths: Seq
     """Rows grow to `lengths` tokens; one for which too few units are left stays as it is, and is counted as dry."""
     parts = tables.full.shape[2]
     for row, length in zip(rows, lengths, strict=True):
-        first, end = _pages(int(tables.lengths[row])), _pages(length)
+        first, end = pages_for(int(tables.lengths[row])), pages_for(length)
         if (end - first) * parts > int(free.top):
             free.dry.add_(1)
             continue
@@ -99,7 +99,7 @@ def held(tables: PageTables, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Units of a row's pages: of settled ones in the model's dtype [N, F], in int8 [N, 2] and int4 [N, 1], and of live
     ones [N, F]."""
     full, int8, int4 = tables.counts[row].tolist()
-    live = slice(int(tables.settled[row]), _pages(int(tables.lengths[row])))
+    live = slice(int(tables.settled[row]), pages_for(int(tables.lengths[row])))
     return tables.full[row, :full], tables.int8[row, :int8], tables.int4[row, :int4], tables.full[row, live]
 
 
@@ -203,10 +203,6 @@ def unpack_page(code: int, packed: Tensor, units: Units, dtype: torch.dtype) -> 
         flat = packed[own.among, :, :, own.bytes].permute(2, 1, 0, 3).flatten(2).contiguous().view(kind)
         parts[own.name] = _taken_up(code, own.name, flat if scale else flat.unflatten(2, (-1, units.channels)))
     return parts
-
-
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS)
 
 
 def _push(free: FreeUnits, numbers: Tensor) -> None:

@@ -18,6 +18,7 @@ from policy.settings import PAGE_ACTIONS, PAGE_TOKENS
 
 from ...kv import formats
 from ...kv.formats import DROPPED, FORMATS, FULL, NONE, SPARSE, STORED
+from ...kv.units import pages_for
 from .passes import Pass, Read
 from .pool import PageAllocator, PagePool, device_ids
 
@@ -92,7 +93,7 @@ class PageTable:
         self._check(host, live)
         before, self.device = self.lengths, device
         self.lengths = [length + count for length, count in zip(before, live.sum(1).tolist(), strict=True)]
-        self._widen(max(map(_pages_for, self.lengths)))
+        self._widen(max(map(pages_for, self.lengths)))
         fresh = self._claim(before)
         rows, columns = live.nonzero(as_tuple=True)
         places = host[rows, columns]
@@ -149,7 +150,7 @@ class PageTable:
         """Claim a full-precision page for every page that begins in this pass; returns those left partly unwritten."""
         fresh = []
         for row, (old, new) in enumerate(zip(before, self.lengths, strict=True)):
-            first, end = _pages_for(old), _pages_for(new)
+            first, end = pages_for(old), pages_for(new)
             if first == end:
                 continue
             ids = self.allocators[FULL].take(end - first)
@@ -264,7 +265,7 @@ class PageTable:
         """A table of these rows (repeats allowed), without slack, and the present number of each of its pages."""
         other = PageTable(self.kv.select(rows))
         other.lengths, other.settled = [self.lengths[r] for r in rows], [self.settled[r] for r in rows]
-        pages, other.device = max(map(_pages_for, other.lengths), default=0), self.device
+        pages, other.device = max(map(pages_for, other.lengths), default=0), self.device
         other.formats, other.index = self.formats[rows, :pages], self.index[rows, :pages]
         other.complexity = self.complexity.index_select(0, device_ids(rows, self.device))[:, :pages].contiguous()
         sources = {}
@@ -287,10 +288,6 @@ def _read(code: int, target: Tensor, source: Tensor) -> Read:
     first = int(source[0])
     in_order = torch.equal(source, torch.arange(first, first + len(source)))
     return Read(code, target, source, first if in_order else None)
-
-
-def _pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS)
 
 
 def _slots(rows: Tensor, pages: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
