@@ -65,6 +65,10 @@ class SamplingScratch:
             noisy=torch.empty(rows, vocabulary, device=device),
         )
 
+    def row(self, row: int) -> SamplingScratch:
+        """That of this row alone, in the same memory."""
+        return SamplingScratch(*(own[row : row + 1] for own in (self.found, self.winner, self.scaled, self.noisy)))
+
 
 @triton.jit
 def _uniform(seed, position, ids):
@@ -93,7 +97,8 @@ def _filters(row, temperature, top_k, top_p, min_p):
     return k, p, share, (tl.load(temperature + row) > 0.0) & ((k > 0) | (p < 1.0) | (share > 0.0))
 
 
-@triton.jit
+# A batch may be one row of another, and where that begins must not have the kernel compiled anew.
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "penalty", "seed", "count"])
 def _weigh(
     logits, stride, temperature, top_k, top_p, min_p, penalty, seed, seen, count, found, winner, scaled, noisy,
     V: tl.constexpr, SHARES: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
@@ -193,10 +198,15 @@ def _best_kept(scaled, noisy, least, V: tl.constexpr, BLOCK: tl.constexpr):
     return tl.min(tl.where(best == tl.max(best, axis=0), token, V - 1), axis=0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "logits", "temperature", "top_k", "top_p", "min_p", "entropy", "surprisal", "tokens", "seen", "ended", "count",
+        "log", "given", "pad",
+    ]
+)  # fmt: skip
 def _choose(
     logits, stride, temperature, top_k, top_p, min_p, found, winner, scaled, noisy, entropy, surprisal,
-    tokens, seen, ended, count, log, pad, ends, capacity,
+    tokens, seen, ended, count, log, given, pad, ends, capacity,
     V: tl.constexpr, LOG_V: tl.constexpr, ENDS: tl.constexpr, SHARES: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -212,6 +222,10 @@ def _choose(
     moments = tl.load(read + 2 * SHARES, mask=inside, other=0.0)
     best = tl.load(read + 4 * SHARES, mask=inside, other=float("-inf"))
     winners = tl.load(winner + row * SHARES + share, mask=inside, other=V - 1)
+    over = tl.load(ended + row) != 0
+    position = tl.load(count + row)
+    is_given = (position < tl.load(given + row)) & (over == 0)
+    there = tl.load(log + row * capacity + position, mask=is_given, other=0)
 
     peak = tl.maximum(tl.max(peaks, axis=0), _LEAST)
     below = tl.maximum(peaks - peak, _FAR)
@@ -237,16 +251,16 @@ def _choose(
             least = tl.maximum(least, top + tl.log(share_of_top))
         token = _best_kept(scores, noises, least, V, BLOCK)
 
+    token = tl.where(is_given, there.to(tl.int32), token)
+
     tl.store(entropy + row, tl.clamp(tl.div_rn(log_mass - tl.div_rn(moment, mass), LOG_V), 0.0, 1.0))
     own = tl.maximum(_number_or_least(tl.load(logits + row * stride + token)), _LEAST)
     tl.store(surprisal + row, tl.clamp(tl.div_rn(peak - own + log_mass, LOG_V), 0.0, 1.0))
 
-    over = tl.load(ended + row) != 0
     tl.store(seen + row * V + token, 1, mask=over == 0)
     written = tl.where(over, tl.load(pad + row), token.to(tl.int64))
     for end in tl.static_range(ENDS):
         over = over | (written == tl.load(ends + end))
-    position = tl.load(count + row)
     tl.store(log + row * capacity + position, written, mask=position < capacity)
     tl.store(count + row, position + 1)
     tl.store(tokens + row, written)
@@ -264,7 +278,8 @@ def sample(
     """`reference.sampling.sample`, in place and without a wait, with noise of its own (`uniforms`).
 
     logits [B, V] float32 as the model put them out, V at least 2, each row contiguous. Logits may be -inf; where no
-    logit of a row is a number some token is taken. `scratch` is of B and V.
+    logit of a row is a number some token is taken. `scratch` is of B and V. All of it may be one row of a larger batch
+    (`row` of the records), of which no other is touched.
     """
     shares, vocabulary = scratch.winner.shape[1], logits.shape[1]
     after = dependent(logits.device)
@@ -276,8 +291,8 @@ def sample(
     _choose[(len(logits),)](
         logits, logits.stride(0), rows.temperature, rows.top_k, rows.top_p, rows.min_p,
         scratch.found, scratch.winner, scratch.scaled, scratch.noisy, entropy, surprisal,
-        generated.tokens, generated.seen, generated.ended, generated.count, generated.log, generated.pad,
-        generated.ends, generated.log.shape[1],
+        generated.tokens, generated.seen, generated.ended, generated.count, generated.log, generated.given,
+        generated.pad, generated.ends, generated.log.shape[1],
         V=vocabulary, LOG_V=math.log(vocabulary), ENDS=len(generated.ends), SHARES=shares,
         WIDTH=triton.next_power_of_2(shares),
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=16, **after,

@@ -251,6 +251,104 @@ def test_rows_end_and_go_on_with_their_pad(device):
     assert generated.tokens[[0, 2, 3]].tolist() == [60, 62, 10**6]
 
 
+def test_tokens_that_are_given_are_taken(device):
+    """Rows: two tokens to go, the last one, none, none from the start, and one that has ended."""
+    settings = [SETTINGS[name] for name in ("greedy", "all", "top-k", "greedy, penalty", "temperature")]
+    logits, rows = made_logits(5, 63, device), made_rows(device, *settings)
+    logits[0, 50] = -torch.inf
+    made = made_generated(5, 63, device)
+    made.count.fill_(2)
+    made.ended[4] = 1
+    free, noise = cloned(made), uniforms(rows.seed, made.count, 63)
+    entropy, unforced = step(logits, rows, free)
+    made.given.copy_(torch.tensor([4, 3, 2, 0, 9]))
+    made.log[0, 2], made.log[1, 2], made.log[4, 2] = 50, 62, 61
+    made.seen[0, 50] = 0
+    for ends in ([], [50]):
+        taken = replace(cloned(made), ends=torch.tensor(ends, dtype=torch.int64, device=device))
+        again = cloned(taken)
+        check_step(logits, rows, taken)
+        assert taken.tokens[:2].tolist() == [50, 62]
+        assert torch.equal(taken.tokens[2:], free.tokens[2:])
+        assert taken.seen[0, 50]
+        assert taken.log[0, :4].tolist() == [-7, -7, 50, -7]
+        assert taken.ended.tolist() == [len(ends), 0, 0, 0, 1]
+        found, surprisal = step(logits, rows, again)
+        assert torch.equal(found, entropy)
+        assert surprisal[0] == 1
+        assert torch.equal(surprisal[2:], unforced[2:])
+        _, by_reference = signals_out = torch.empty(2, 5, device=device)
+        reference.sample(logits, rows, replace(cloned(made), ends=taken.ends), noise, *signals_out)
+        assert (by_reference[4] - unforced[4]).abs() < 1e-5
+
+
+def test_the_last_token_that_a_log_holds_may_be_given(device):
+    made = made_generated(2, 5, device, capacity=3)
+    made.count.fill_(2)
+    made.given.fill_(3)
+    made.log[:, 2] = torch.tensor([4, 1])
+    logits = made_logits(2, 5, device)
+    check_step(logits, SamplingRows.of(2, device), made)
+    assert made.tokens.tolist() == [4, 1]
+    check_step(logits, SamplingRows.of(2, device), made)
+    assert made.tokens.tolist() == logits.argmax(-1).tolist()
+
+
+def test_a_row_that_was_interrupted_goes_the_same_way(device):
+    """Over tokens that are given whatever the logits are: what follows is drawn as if nothing had happened."""
+    rows = made_rows(device, *[replace(SETTINGS["all"], seed=row) for row in range(3)])
+    steps = [made_logits(3, 63, device, seed=index, spread=0.5) for index in range(6)]
+    first = made_generated(3, 63, device)
+    first.count.zero_()
+    again = cloned(first)
+    for logits in steps:
+        step(logits, rows, first)
+    again.log[:, :4] = first.log[:, :4]
+    again.given.copy_(torch.tensor([4, 2, 0]))
+    for index, logits in enumerate(steps):
+        for row, given in enumerate((4, 2, 0)):
+            if index < given:
+                logits[row] = torch.nan
+        step(logits, rows, again)
+    again.given.zero_()
+    for field in fields(Generated):
+        assert torch.equal(getattr(again, field.name), getattr(first, field.name)), field.name
+
+
+def test_a_row_of_a_batch_alone(device):
+    settings = [SETTINGS[name] for name in ("all", "greedy, penalty", "top-p", "temperature", "min-p")]
+    logits, rows = made_logits(5, 63, device), made_rows(device, *settings)
+    before = replace(made_generated(5, 63, device), ends=torch.tensor([3], device=device))
+    before.given[3], before.log[3, 3] = 4, 3
+    together = cloned(before)
+    found = torch.stack(step(logits, rows, together))
+    for row in range(5):
+        own, other = cloned(before), torch.arange(5) != row
+        scratch = SamplingScratch.of(5, 63, device)
+        for part in fields(scratch):
+            getattr(scratch, part.name).fill_(-5)
+        signals_out = torch.full((2, 5), torch.nan, device=device)
+        alone = signals_out[:, row : row + 1]
+        sample(logits[row : row + 1], rows.row(row), own.row(row), *alone, scratch.row(row))
+        assert torch.equal(signals_out[:, row], found[:, row])
+        assert signals_out[:, other].isnan().all()
+        assert torch.equal(own.ends, before.ends)
+        for part in fields(Generated):
+            after, kept, both = (getattr(made, part.name) for made in (own, before, together))
+            if part.name != "ends":
+                assert torch.equal(after[row], both[row]), part.name
+                assert torch.equal(after[other], kept[other]), part.name
+        for part in fields(scratch):
+            assert (getattr(scratch, part.name)[other] == -5).all(), part.name
+        by_reference = cloned(before)
+        noise = uniforms(rows.seed, by_reference.count, 63)[row : row + 1]
+        reference.sample(
+            logits[row : row + 1], rows.row(row), by_reference.row(row), noise, *torch.empty(2, 1, device=device)
+        )
+        for part in fields(Generated):
+            assert torch.equal(getattr(by_reference, part.name), getattr(own, part.name)), part.name
+
+
 def test_nothing_is_written_beyond_the_log(device):
     logits, generated = made_logits(3, 5, device), made_generated(3, 5, device, capacity=4)
     guarded = torch.full((20,), -7, device=device)

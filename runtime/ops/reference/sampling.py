@@ -69,6 +69,10 @@ class SamplingRows:
         dtypes = {name: whole.get(name, torch.float32) for name, _ in greedy}
         return cls(**{name: torch.full((rows,), x, dtype=dtypes[name], device=device) for name, x in greedy})
 
+    def row(self, row: int) -> SamplingRows:
+        """A batch of this row alone, in the same memory."""
+        return SamplingRows(**{own.name: getattr(self, own.name)[row : row + 1] for own in fields(self)})
+
     def set(self, row: int, sampling: Sampling) -> None:
         """From the next token on `row` is sampled like this."""
         for parameter in fields(self):
@@ -89,6 +93,9 @@ class Generated:
     """[B] int32: how many tokens were chosen, pads too; it goes on where the log is full."""
     log: Tensor
     """[B, S] int64: these tokens; those from the S-th on are not kept."""
+    given: Tensor
+    """[B] int32, at most S: how many tokens of the log are there from the start. They are taken when it is their turn,
+    whatever the logits say: a row that was interrupted goes the same way again."""
     pad: Tensor
     """[B] int64"""
     ends: Tensor
@@ -107,9 +114,15 @@ class Generated:
             ended=zeros(rows, dtype=torch.uint8),
             count=zeros(rows, dtype=torch.int32),
             log=zeros(rows, capacity),
+            given=zeros(rows, dtype=torch.int32),
             pad=zeros(rows),
             ends=ends,
         )
+
+    def row(self, row: int) -> Generated:
+        """A batch of this row alone, in the same memory; `ends` are those of all."""
+        own = {part.name: getattr(self, part.name)[row : row + 1] for part in fields(self) if part.name != "ends"}
+        return Generated(**own, ends=self.ends)
 
 
 def process(logits: Tensor, seen: Tensor, rows: SamplingRows) -> Tensor:
@@ -158,15 +171,22 @@ def sample(
 
     logits [B, V] float32 as the model put them out; uniforms [B, V] in [0, 1), read in rows with a temperature. Written
     to [B] float32, of the distribution before any processing, both divided by log V and in [0, 1]: `entropy`, and
-    `surprisal`, that of the token chosen (in a row that has ended: of the one it would have chosen).
+    `surprisal`, that of the token chosen, or given (in a row that has ended: of the one it would have chosen).
     """
     drawn = rows.temperature[:, None] > 0
     scores = process(logits, generated.seen, rows) + torch.where(drawn, gumbel(uniforms), 0.0)
-    chosen = scores.argmax(-1)
+    chosen = _or_given(scores.argmax(-1), generated)
     log_p = signals.log_probabilities(logits)
     entropy.copy_(signals.next_token_entropy(log_p))
     surprisal.copy_(signals.surprisal(log_p, chosen))
     _append(chosen, generated)
+
+
+def _or_given(chosen: Tensor, generated: Generated) -> Tensor:
+    """The tokens chosen, [B] int64; where a row has not ended and its log holds the next one already, that one."""
+    given = (generated.count < generated.given) & (generated.ended == 0)
+    there = generated.log.gather(1, torch.where(given, generated.count, 0).long()[:, None])[:, 0]
+    return torch.where(given, there, chosen)
 
 
 def _append(chosen: Tensor, generated: Generated) -> None:
