@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> None:
         write_adapter(model, 8, Path(folder))
         ladder = build_ladder(load_adapter(folder), (2, 4, 8))
     policy = PercentilePolicy(ladder.rungs, "entropy", spread=2.0)
-    settings = Settings(block_tokens=32, chunk=ChunkSettings(1, 16))
+    settings = Settings(prompt_tokens=PROMPT_TOKENS, chunk=ChunkSettings(1, 16))
     plan = RunPlan((ladder,), policy, settings, Operating.at(1.0, 1, settings.kv))
     with activate(model, plan) as run:
         watch = Watch(run, args.tokens // SAMPLES)

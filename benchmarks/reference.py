@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,10 @@ from .printing import (
 from .shapes import SHAPES, build_model, kv_token_bytes, lora_bytes, weight_bytes, write_adapter
 
 RANK = 64
+BLOCK_TOKENS = Settings().block_tokens
+"""Of a prompt, where it is cut: small, so that what a block costs beside its tokens is seen."""
 PEFT = "PEFT eager, r=64 unmerged"
-PEFT_IN_BLOCKS = f"PEFT eager, prompt in forwards of {Settings().block_tokens}"
+PEFT_IN_BLOCKS = f"PEFT eager, prompt in forwards of {BLOCK_TOKENS}"
 AGAINST_PEFT = {
     "prefill, static rung": ("prefill_ms", "reference, rung 64, full KV", PEFT),
     "prefill, deciding in blocks": ("prefill_ms", "reference, deciding, full KV", PEFT_IN_BLOCKS),
@@ -102,15 +103,14 @@ class Clock(BaseStreamer):
 def fixed_plan(ladder: Ladder, rung: int, kv: KVSettings = FULL_KV) -> RunPlan:
     """One rung for all tokens. Compressed pages settle block by block, so they need small blocks."""
     index = ladder.rung_index(rung)
-    settings = Settings(block_tokens=STATIC_BLOCK_TOKENS, fade_tokens=1, kv=kv)
-    if not kv.is_full:
-        settings = replace(settings, block_tokens=Settings().block_tokens)
+    block = STATIC_BLOCK_TOKENS if kv.is_full else BLOCK_TOKENS
+    settings = Settings(block_tokens=block, prompt_tokens=block, fade_tokens=1, kv=kv)
     return RunPlan((ladder,), FixedPolicy(ladder.rungs), settings, Operating.at(float(index), index, kv))
 
 
 def deciding_plan(ladder: Ladder, kv: KVSettings = FULL_KV) -> RunPlan:
     """All of the machinery at work: signals, chunks, a rung per chunk around the middle one, a budget, KV pages."""
-    settings = Settings(kv=kv)
+    settings = Settings(block_tokens=BLOCK_TOKENS, prompt_tokens=BLOCK_TOKENS, kv=kv)
     start = ladder.rung_index(RANK // 2)
     operating = Operating.at(float(start), start, kv, budget=0.5)
     return RunPlan((ladder,), PercentilePolicy(ladder.rungs, "complexity"), settings, operating)
@@ -283,7 +283,7 @@ def benchmark(args: argparse.Namespace) -> None:
         }
         if missing is None:
             paths[PEFT] = lambda: peft(model, prompt, folder)
-            paths[PEFT_IN_BLOCKS] = lambda: peft(model, prompt, folder, Settings().block_tokens)
+            paths[PEFT_IN_BLOCKS] = lambda: peft(model, prompt, folder, BLOCK_TOKENS)
         else:
             print(f"PEFT is not measured: {missing}")
         results = measure(paths, args.repeats, args.new_tokens, device)

@@ -51,10 +51,10 @@ from .percentile import PercentilePolicy
 from .random import RandomPolicy
 from .reading import Shapes, read_json, read_shapes, shapes_of
 from .rungs import MOST_RUNGS, Rung, rungs_at_shares, same_shares
-from .schema1 import upgrade_record, upgrade_schema2, upgrade_schema3, upgrade_tensors
+from .schema1 import upgrade_record, upgrade_schema2, upgrade_schema3, upgrade_schema4, upgrade_tensors
 from .settings import FULL_KV, Settings
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 TENSORS = "policy.safetensors"
 RECORD = "policy.json"
 
@@ -253,8 +253,10 @@ class PolicyCheckpoint:
             record = _parse(f"{folder / RECORD}: schema 1", lambda: upgrade_record(record))
         if version < 3:
             record = _parse(f"{folder / RECORD}: schema 2", lambda: upgrade_schema2(record))
-        if version < SCHEMA_VERSION:
+        if version < 4:
             record = _parse(f"{folder / RECORD}: schema 3", lambda: upgrade_schema3(record))
+        if version < SCHEMA_VERSION:
+            record = _parse(f"{folder / RECORD}: schema 4", lambda: upgrade_schema4(record))
         loaded = _parse(str(folder / RECORD), lambda: cls._from_record(record))
         path, policy = folder / TENSORS, loaded.policy
         _check_shapes(policy, read_shapes(path, "copy or export it again"), str(path))
@@ -329,9 +331,9 @@ def _parse(where: str, build: Callable[[], _Value]) -> _Value:
 def _read_record(path: Path) -> dict[str, Any]:
     record = read_json(path, "export the policy again")
     version = record.get("schema_version")
-    if type(version) is not int or version not in (1, 2, 3, SCHEMA_VERSION):
+    if type(version) is not int or version not in range(1, SCHEMA_VERSION + 1):
         raise ValueError(
-            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1, 2, 3), got {shown(version)}; "
+            f"{path}: expected schema_version {SCHEMA_VERSION} (or 1, 2, 3, 4), got {shown(version)}; "
             "export the policy with this version, or read it with the one that wrote it"
         )
     missing = [name for name in _FIELDS if name not in record]

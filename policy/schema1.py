@@ -1,5 +1,6 @@
 """Reads policies of schema 1, in which the signals were in another order and the rungs part of the settings, of schema
-2, which had fewer signals, and of schema 3, which had one table of latency at most.
+2, which had fewer signals, of schema 3, which had one table of latency at most, and of schema 4, in which prompts went
+in the blocks of every other text.
 
 Kept for one release: export such a policy again and this file is not needed.
 """
@@ -80,3 +81,13 @@ def upgrade_schema3(record: dict[str, Any]) -> dict[str, Any]:
         raise refused("latency", "an object", table)
     bucket = {**table, "batch": None, "controller_ms": None}
     return {**record, "schema_version": 4, "latency": {"buckets": [bucket], "batch": None}}
+
+
+def upgrade_schema4(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a schema 4 policy as schema 5 has it: its prompts went in blocks of `block_tokens`, as all else."""
+    settings = record["settings"]
+    if not isinstance(settings, dict):
+        raise refused("settings", "an object", settings)
+    if "block_tokens" not in settings:  # whoever reads the settings says so
+        return {**record, "schema_version": 5}
+    return {**record, "schema_version": 5, "settings": {"prompt_tokens": settings["block_tokens"], **settings}}

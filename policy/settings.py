@@ -170,7 +170,11 @@ class Settings:
     """The whole adaptive run: blocks, fades, signals, chunks and KV pages."""
 
     block_tokens: int = field(default=32, metadata=limited(Whole(1, MOST_TOKENS)))
-    """Tokens that one forward pass of prefill handles; signals that the model puts out are those of earlier blocks."""
+    """Tokens of a text that one pass of `model(...)` handles; signals that the model puts out are those of earlier
+    blocks."""
+    prompt_tokens: int = field(default=512, metadata=limited(Whole(1, MOST_TOKENS)))
+    """Tokens of a prompt that one pass handles, when it is followed by an answer; more than `block_tokens`, as all of a
+    prompt runs at its start rung and no choice waits for a block to end."""
     fade_tokens: int = field(default=1, metadata=limited(Choice(FADES)))
     """Cross-fade length w; 1 switches hard. A fade reads both of its rungs for w tokens."""
     signals: SignalSettings = field(default_factory=SignalSettings, metadata=limited(Made(SignalSettings)))

@@ -76,6 +76,7 @@ def fit(
     ladder: str = MIXED,
     rungs: list[float] | None = None,
     block_tokens: int = 32,
+    prompt_tokens: int = 512,
     fade_tokens: int = 1,
     amounts: Amounts = Amounts(),  # noqa: B008  frozen
     signal_settings: SignalSettings = SignalSettings(),  # noqa: B008
@@ -101,7 +102,8 @@ def fit(
             (in fewer bits as well); a saved ladder is what it is.
         rungs: Allowed equivalent ranks; default the shares 1/32, 1/16, 3/32, 1/8, 3/16, 1/4, 3/8, 1/2 of the
             adapter's own, of which an svd ladder has the whole ones.
-        block_tokens: Tokens per forward pass of prefill.
+        block_tokens: Tokens per forward pass of a whole text.
+        prompt_tokens: Tokens per forward pass of a prompt that is served; nothing that is fitted depends on it.
         fade_tokens: Cross-fade length: 1, 4, 8 or 16.
         amounts: How many documents, epochs, rounds; grids.
         signal_settings: How the signals are measured.
@@ -126,7 +128,10 @@ def fit(
         SIGNAL_SETS[Choice(tuple(SIGNAL_SETS)).take("signals", signals)],
         Choice(OBJECTIVES).take("objective", objective),
     )
-    settings = Settings(block_tokens=block_tokens, fade_tokens=fade_tokens, signals=signal_settings, chunk=chunk, kv=kv)
+    settings = Settings(
+        block_tokens=block_tokens, prompt_tokens=prompt_tokens, fade_tokens=fade_tokens, signals=signal_settings,
+        chunk=chunk, kv=kv,
+    )  # fmt: skip
     kind = BUILT.take("ladder", ladder)
     given = GivenLatency.read(latency, latency_batch)
     share_threads(_checked_trainer(folder, trainer or {}).num_devices)
@@ -195,8 +200,8 @@ def _fit_into(
         "objective": learning.objective, "rungs": list(common_rungs(tasks)), "seed": seed,
         "signals": list(learning.signals),
         "settings": {
-            "dtype": dtype, "amounts": asdict(amounts), "signals": asdict(settings.signals),
-            "chunk": asdict(settings.chunk), "kv": asdict(settings.kv),
+            "dtype": dtype, "prompt_tokens": settings.prompt_tokens, "amounts": asdict(amounts),
+            "signals": asdict(settings.signals), "chunk": asdict(settings.chunk), "kv": asdict(settings.kv),
         },
     }  # fmt: skip
     log_report(new_logger(folder, "", fresh=True), figure, summary, params)

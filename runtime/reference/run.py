@@ -204,10 +204,11 @@ class AdaptiveRun:
         longest = max(zip(held, layout.counts, strict=True), key=sum)
         if self._limit is not None and sum(longest) > self._limit:
             check_context(self.model, *longest)
+        block = self.plan.settings.block_tokens
         if cache.next_call_is_prompt:
             cache.stream.prompt_tokens = cache.stream.state.position + layout.real.sum(1)
             cache.next_call_is_prompt = False
-        block = self.plan.settings.block_tokens
+            block = self.plan.settings.prompt_tokens
         if cache.stream.static is not None:  # no decision waits for a block to end
             block = max(block, STATIC_BLOCK_TOKENS)
         with self.call_length.of(sum(longest)):

@@ -48,7 +48,7 @@ def documents(model, count):
 def test_rungs_are_those_of_decoding(model, opened):
     checkpoint, plan = opened
     # Prompts too go token by token, and pages are kept as they are.
-    checkpoint = replace(checkpoint, settings=replace(checkpoint.settings, block_tokens=1, kv=FULL_KV))
+    checkpoint = replace(checkpoint, settings=replace(checkpoint.settings, prompt_tokens=1, kv=FULL_KV))
     prompt, mask = tiny.prompts(5, 5)
     budget = tiny.BUDGETS[1]
     out = generate(

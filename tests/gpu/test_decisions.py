@@ -74,7 +74,7 @@ POLICIES = {
 @pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_from_the_host_serves_a_model_on_the_gpu(tiny_llama_factory, ladder, random_ids, device, kind, dtype):
-    settings = Settings(block_tokens=8)
+    settings = Settings(prompt_tokens=8)
     policy = POLICIES[kind](ladder.rungs)
     knob = sum(policy.knob_range()) / 2
     model, ids = tiny_llama_factory().to(device, dtype), random_ids(2, 40)

@@ -36,8 +36,8 @@ def page_names(trace):
 def test_pages_of_one_format(tiny_llama_factory, fixed_plan, random_ids, device, dtype, action):
     model, ids = tiny_llama_factory().to(device, DTYPES[dtype]), random_ids(2, PROMPT)
     kv = KVSettings(action, action, window_tokens=WINDOW)
-    tokens, cache, trace = generate(model, fixed_plan(kv=kv, block_tokens=32), ids)
-    _, full, _ = generate(model, fixed_plan(block_tokens=32), ids)
+    tokens, cache, trace = generate(model, fixed_plan(kv=kv, prompt_tokens=32), ids)
+    _, full, _ = generate(model, fixed_plan(prompt_tokens=32), ids)
 
     names = page_names(trace)
     left_window = (SEEN - WINDOW) // PAGE_TOKENS
@@ -56,8 +56,8 @@ def test_pages_of_one_format(tiny_llama_factory, fixed_plan, random_ids, device,
 def test_full_pages_equal_the_default_run(tiny_llama_factory, fixed_plan, random_ids, device, dtype):
     model, ids = tiny_llama_factory().to(device, DTYPES[dtype]), random_ids(2, PROMPT)
     never = KVSettings(window_tokens=10_000)
-    tokens, cache, trace = generate(model, fixed_plan(kv=never, block_tokens=32), ids)
-    expected, _, _ = generate(model, fixed_plan(kv=FULL_KV, block_tokens=32), ids)
+    tokens, cache, trace = generate(model, fixed_plan(kv=never, prompt_tokens=32), ids)
+    expected, _, _ = generate(model, fixed_plan(kv=FULL_KV, prompt_tokens=32), ids)
     assert torch.equal(tokens, expected)
     assert set(page_names(trace)) == {dtype}
     assert cache.kv_bytes() >= cache.kv_bytes_full()
@@ -66,11 +66,11 @@ def test_full_pages_equal_the_default_run(tiny_llama_factory, fixed_plan, random
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_pages(tiny_llama_factory, fixed_plan, random_ids, device, dtype):
     model, ids = tiny_llama_factory().to(device, DTYPES[dtype]), random_ids(1, PROMPT)
-    _, full, _ = generate(model, fixed_plan(block_tokens=32), ids)
+    _, full, _ = generate(model, fixed_plan(prompt_tokens=32), ids)
     complexity = full.stream.columns()["complexity"]
     pages = complexity[0, : SEEN // PAGE_TOKENS * PAGE_TOKENS].view(-1, PAGE_TOKENS).mean(1)
     kv = KVSettings("int8", "int4", threshold=float(pages[1:-3].median()), window_tokens=WINDOW)
-    _, cache, trace = generate(model, fixed_plan(kv=kv, block_tokens=32), ids)
+    _, cache, trace = generate(model, fixed_plan(kv=kv, prompt_tokens=32), ids)
     assert set(page_names(trace)) == {dtype, "int8", "int4"}
     assert cache.kv_bytes_allocated() < full.kv_bytes_allocated()
 

@@ -40,6 +40,7 @@ VOCABULARY = 11
 WEIGHTS = dict(zip(PAPER_SIGNALS, (0.1, 0.3, 0.2, 0.4), strict=True))
 SETTINGS = Settings(
     block_tokens=8,
+    prompt_tokens=24,
     fade_tokens=1,
     signals=SignalSettings(recent_pages=3),
     chunk=ChunkSettings(min_tokens=1, max_tokens=5, weights=WEIGHTS, thresholds=(0.3,)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_a_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
         "policy.safetensors",
     ]
     record = json.loads((tmp_path / "deep" / "policy" / "policy.json").read_text())
-    assert record["schema_version"] == 4
+    assert record["schema_version"] == 5
     assert record["rungs"] == list(RUNGS)
     assert record["libraries"]["torch"] == torch.__version__
 
@@ -228,6 +229,7 @@ def test_a_policy_of_an_old_schema_decides_as_it_did(kind: str, schema: int, tmp
         record["latency"] = {name: table[name] for name in ("device", "ms", "ms_base", "spread_ms")}
         for name in ADDED:
             record["config"].pop(name, None)
+        record["settings"].pop("prompt_tokens")
         for weights in (record["settings"]["chunk"]["weights"], record["config"].get("weights", {})):
             for name in set(weights) - set(OLD_SIGNALS):
                 weights.pop(name)
@@ -250,7 +252,7 @@ def test_a_policy_of_an_old_schema_decides_as_it_did(kind: str, schema: int, tmp
     replace_tensors(tmp_path / "policy", old_order)
     edit(tmp_path / "policy", downgrade)
     loaded = PolicyCheckpoint.load(tmp_path / "policy")
-    assert loaded.settings == SETTINGS
+    assert loaded.settings == replace(SETTINGS, prompt_tokens=SETTINGS.block_tokens)
     assert loaded.latency == REFERENCE
     assert loaded.policy.config() == saved.policy.config()
     assert_decide_alike(saved.policy, loaded.policy)

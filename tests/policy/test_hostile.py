@@ -22,7 +22,10 @@ from policy import KINDS, SIGNALS, PolicyCheckpoint
 from tests.policy.checkpoints import checkpoint, summary_of
 
 HERE = Path(__file__).parent
-OLD = {"schema 1": HERE / "schema1", "schema 2": HERE / "schema2" / "learned", "schema 3": HERE / "schema3"}
+OLD = {
+    "schema 1": HERE / "schema1", "schema 2": HERE / "schema2" / "learned", "schema 3": HERE / "schema3",
+    "schema 4": HERE / "schema4",
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 NESTED: list[Any] = [[[[[[[[[[1]]]]]]]]]]
 HOSTILE = [
@@ -138,6 +141,8 @@ def test_any_value_in_the_place_of_any_other_is_right_or_refused(
         (("settings", "signals", "recent_pages"), 1.5),
         (("settings", "block_tokens"), True),
         (("settings", "block_tokens"), 3.5),
+        (("settings", "prompt_tokens"), 0),
+        (("settings", "prompt_tokens"), 24.0),
         (("settings", "signals", "novelty_window_tokens"), 10**13),
         (("config", "hidden"), 10**9),
         (("config", "hidden"), 8),

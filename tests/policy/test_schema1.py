@@ -1,5 +1,5 @@
-"""Policies of schemas 1, 2 and 3: `schema1/` to `schema3/` are some as they were exported, decided once more by plain
-arithmetic; of schema 3 what changed is its table of latency.
+"""Policies of schemas 1 to 4: `schema1/` to `schema4/` are some as they were exported, decided once more by plain
+arithmetic; of schema 3 what changed is its table of latency, of schema 4 that its prompts had no block of their own.
 
 Nothing of `policy` computes the expected values: the files' own tensors do, in float64, on features laid out in the
 order of their schema, which is written down here and nowhere read from the code.
@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from policy import SIGNALS, TOKEN_SIGNALS, PolicyCheckpoint, Summary
+from policy import SIGNALS, TOKEN_SIGNALS, PolicyCheckpoint, Settings, Summary
 
 HERE = Path(__file__).parent
 EXPORTED = {1: HERE / "schema1", 2: HERE / "schema2" / "learned"}
 PERCENTILE = HERE / "schema2" / "percentile"
 TIMED = HERE / "schema3"
+BLOCKS = HERE / "schema4"
 OLD_SIGNALS = {1: ("entropy", "novelty", "attention", "prior"), 2: ("entropy", "attention", "novelty", "prior")}
 OLD_FIRST = ("novelty", "prior")
 ROWS = 2000
@@ -149,7 +151,10 @@ def test_an_exported_percentile_policy_decides_as_it_did(signals, first) -> None
     np.testing.assert_allclose(decision.scale.numpy(), scale, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("folder", [*EXPORTED.values(), PERCENTILE, TIMED], ids=["1", "2", "2 percentile", "3"])
+OF_OLD = {"1": EXPORTED[1], "2": EXPORTED[2], "2 percentile": PERCENTILE, "3": TIMED, "4": BLOCKS}
+
+
+@pytest.mark.parametrize("folder", OF_OLD.values(), ids=OF_OLD)
 def test_an_exported_policy_keeps_everything_else(folder) -> None:
     record = read(folder)
     loaded = PolicyCheckpoint.load(folder)
@@ -159,7 +164,7 @@ def test_an_exported_policy_keeps_everything_else(folder) -> None:
     if record["schema_version"] == 1:
         weights = dict(zip(OLD_SIGNALS[1], weights, strict=True))
     assert dict(settings["chunk"]["weights"]) == dict.fromkeys(SIGNALS, 0.0) | weights
-    assert settings.keys() == old.keys() - {"rungs", "start_rung"}
+    assert settings.keys() == old.keys() - {"rungs", "start_rung"} | {"prompt_tokens"}
     for name in ("block_tokens", "fade_tokens", "signals", "kv"):
         assert settings[name] == old[name]
     for name in ("min_tokens", "max_tokens", "smoothing", "hysteresis"):
@@ -177,7 +182,7 @@ def test_a_policy_of_an_old_schema_saved_again_is_of_the_new_one_and_the_same(sc
     knob = knobs(*read(EXPORTED[schema])["config"]["log_lambda_range"])
     assert read(EXPORTED[schema])["schema_version"] == schema
     PolicyCheckpoint.load(EXPORTED[schema]).save(tmp_path / "policy")
-    assert read(tmp_path / "policy")["schema_version"] == 4
+    assert read(tmp_path / "policy")["schema_version"] == 5
     rung, _ = decided(EXPORTED[schema], signals, first, knob)
     again = PolicyCheckpoint.load(tmp_path / "policy").policy
     assert again.decide(summary_of(signals, first), torch.from_numpy(knob).float()).rung.tolist() == rung.tolist()
@@ -195,7 +200,34 @@ def test_the_latency_of_schema_3_is_of_one_row_of_the_reference_path(tmp_path) -
         assert not loaded.latency.of_engine
         # rungs of 10.5, 11, 13 and 14 ms and of 1/8, 1/4, 1/2 and 1 of the bytes
         assert loaded.budget_for(latency_budget_ms=13.0) == loaded.budget_for(latency_budget_ms=13.0, rows=7) == 0.5
-    assert read(tmp_path / "policy")["schema_version"] == 4
+    assert read(tmp_path / "policy")["schema_version"] == 5
+
+
+@pytest.mark.parametrize("folder", OF_OLD.values(), ids=OF_OLD)
+def test_prompts_of_an_old_policy_go_in_the_blocks_that_they_went_in(folder, tmp_path) -> None:
+    """In those of every other text, which are not what a new policy has by itself; saved again and read again too."""
+    old = read(folder)["settings"]
+    assert "prompt_tokens" not in old
+    first = PolicyCheckpoint.load(folder)
+    first.save(tmp_path / "policy")
+    for loaded in (first, PolicyCheckpoint.load(tmp_path / "policy")):
+        assert (loaded.settings.block_tokens, loaded.settings.prompt_tokens) == (old["block_tokens"],) * 2
+    assert Settings().prompt_tokens not in (old["block_tokens"], Settings().block_tokens)
+
+
+def test_a_block_of_prompts_that_somebody_wrote_into_an_old_policy_is_kept(tmp_path) -> None:
+    folder = shutil.copytree(BLOCKS, tmp_path / "policy")
+    record = read(folder)
+    record["settings"]["prompt_tokens"] = 24
+    write(folder, record)
+    assert PolicyCheckpoint.load(folder).settings.prompt_tokens == 24
+
+
+def test_the_latency_of_schema_4_is_what_it_was() -> None:
+    """A step between schemas changes nothing that it does not know."""
+    old, loaded = read(BLOCKS)["latency"], PolicyCheckpoint.load(BLOCKS).latency
+    assert loaded.batch == old["batch"] == 1
+    assert [{**asdict(own), "ms": list(own.ms)} for own in loaded.buckets] == old["buckets"]
 
 
 def drop(name: str) -> Callable[[dict[str, Any]], Any]:
@@ -219,6 +251,9 @@ def drop(name: str) -> Callable[[dict[str, Any]], Any]:
         ),
         (3, lambda r: r.update(latency=3), "schema 3: latency: expected an object, got 3; correct it"),
         (3, lambda r: r["latency"].pop("ms"), r"latency.buckets\[0\].ms: expected a list .*, got none; add it"),
+        (4, lambda r: r.update(settings=3), "schema 4: settings: expected an object, got 3; correct it"),
+        (4, drop("block_tokens"), "settings.block_tokens: expected a whole number in .*, got none; add it"),
+        (4, lambda r: r["settings"].update(block_tokens=0), "block_tokens: expected a whole number in .*, got 0"),
         (2, lambda r: r.update(config=3), "schema 2: config: expected an object, got 3; correct it"),
         (2, lambda r: r["config"].pop("hidden"), "config.hidden: expected a whole number .*, got none; add it"),
         (2, lambda r: r["config"].update(depth=9), r"config: expected names among hidden, .*, got \['depth'\]"),
@@ -230,7 +265,7 @@ def drop(name: str) -> Callable[[dict[str, Any]], Any]:
     ],
 )
 def test_a_damaged_record_is_one_line(schema: int, change: Callable, message: str, tmp_path: Path) -> None:
-    folder = shutil.copytree({**EXPORTED, 3: TIMED}[schema], tmp_path / "policy")
+    folder = shutil.copytree({**EXPORTED, 3: TIMED, 4: BLOCKS}[schema], tmp_path / "policy")
     record = read(folder)
     change(record)
     write(folder, record)

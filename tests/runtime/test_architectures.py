@@ -286,7 +286,7 @@ def assert_exact(case: Case, folder: Path, batch: dict[str, torch.Tensor], refer
     """Logits and greedy tokens of the top rung are PEFT's, in blocks that end inside pages, windows and chunks."""
     plan = static_plan(build_ladder(load_adapter(folder)), 2)
     model, real = model_of(case), batch["attention_mask"].bool()
-    with activate(model, replace(plan, settings=replace(plan.settings, block_tokens=13))):
+    with activate(model, replace(plan, settings=replace(plan.settings, block_tokens=13, prompt_tokens=13))):
         logits, tokens = model(**batch).logits, model.generate(**batch, **GREEDY)
     # a plain forward would count learned positions from the padding on
     positions = (real.cumsum(1) - 1).clamp(min=0)

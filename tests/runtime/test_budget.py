@@ -41,7 +41,7 @@ def make_policy(tiny_llama, llama_adapter):
     )
 
     def make(policy, curve=None):
-        settings = Settings(block_tokens=4, chunk=ChunkSettings(1, 5), kv=FULL_KV)
+        settings = Settings(block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(1, 5), kv=FULL_KV)
         return PolicyCheckpoint(policy, settings, curve, COST, prints)
 
     return make

@@ -32,7 +32,9 @@ PATH = "path: reference: the model is on cpu, and the engine's kernels need a GP
 def policy(stories_path, stories_adapter, load_model, tmp_path_factory):
     adapter = load_adapter(stories_adapter)
     ladder = build_ladder(adapter, (2, 4, 8))
-    settings = Settings(block_tokens=4, chunk=ChunkSettings(2, 6), kv=KVSettings(sink_pages=1, window_tokens=0))
+    settings = Settings(
+        block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(2, 6), kv=KVSettings(sink_pages=1, window_tokens=0)
+    )
     prints = Fingerprints(
         model=model_fingerprint(load_model(stories_path)),
         adapter=adapter_fingerprint(adapter),

@@ -86,7 +86,9 @@ def test_generated_tokens_are_decided_as_forward_decides_them(
     tiny_llama, llama_adapter, make_plan, policy_of, chunk, fade
 ):
     ladder = replace(build_ladder(load_adapter(llama_adapter)), difficulty=drawn_tables(2))
-    plan = make_plan(ladder, policy_of, knob=1.6, block_tokens=1, chunk=chunk, fade_tokens=fade)
+    plan = make_plan(
+        ladder, policy_of, knob=1.6, block_tokens=1, prompt_tokens=1, chunk=chunk, fade_tokens=fade
+    )  # fmt: skip
     prompt = torch.randint(3, 256, (3, 17), generator=torch.Generator().manual_seed(0))
     with activate(tiny_llama, plan, keep=Keep.DECISIONS) as run:
         sequences = tiny_llama.generate(prompt, max_new_tokens=40, min_new_tokens=40, do_sample=False)
@@ -113,7 +115,7 @@ def test_row_of_a_padded_batch_is_generated_as_it_is_alone(tiny_llama, llama_ada
         build_ladder(load_adapter(llama_adapter)),
         policy_of,
         knob=1.6,
-        block_tokens=block,
+        prompt_tokens=block,
         chunk=ChunkSettings(2, 6),
         kv=KVSettings("int8", "int4", sink_pages=1, window_tokens=8),
     )

@@ -206,7 +206,7 @@ def test_cache_switched_off_by_training_is_switched_on(tiny_llama, llama_adapter
 
 def test_parallel_rows_of_sampling_have_their_own_chunks(tiny_llama, llama_adapter, make_plan, prompts):
     plan = make_plan(
-        build_ladder(load_adapter(llama_adapter)), PositionPolicy, chunk=ChunkSettings(2, 6), block_tokens=8
+        build_ladder(load_adapter(llama_adapter)), PositionPolicy, chunk=ChunkSettings(2, 6), prompt_tokens=8
     )
     options = {"do_sample": True, "num_return_sequences": 2, "pad_token_id": 0}
     with activate(tiny_llama, plan, keep=Keep.DECISIONS) as run:
@@ -219,7 +219,7 @@ def test_parallel_rows_of_sampling_have_their_own_chunks(tiny_llama, llama_adapt
 def save_policy(folder, model, adapter_path, kv=FULL_KV, shared=False):
     adapter = load_adapter(adapter_path)
     ladder = build_ladder(adapter, (2, 4, 8))
-    settings = Settings(block_tokens=4, chunk=ChunkSettings(2, 6), kv=kv)
+    settings = Settings(block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(2, 6), kv=kv)
     PolicyCheckpoint(
         PercentilePolicy(ladder.rungs, "complexity", spread=1.0),
         settings,

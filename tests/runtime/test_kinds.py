@@ -237,7 +237,7 @@ def policy(tiny_llama, ladder):
     cost = tuple((ladder.rung_bytes() / ladder.rung_bytes()[-1]).tolist())
     return PolicyCheckpoint(
         PercentilePolicy(ladder.rungs, "complexity", torch.linspace(0.4, 0.9, 101), spread=2.0),
-        Settings(block_tokens=4, chunk=ChunkSettings(1, 5)),
+        Settings(block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(1, 5)),
         KnobCurve((0.2, 0.5, 1.0), (1.0, 3.5, 5.0)), cost, prints, default_budget=0.35,
     )  # fmt: skip
 

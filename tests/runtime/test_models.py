@@ -112,7 +112,7 @@ def test_top_rung_equals_peft(factory, batch, implementation, make_peft_adapter,
 def test_prefill_in_small_blocks_equals_one_pass(factory, batch, make_peft_adapter, tmp_path):
     """Windows, masks and positions hold across blocks that end inside pages and windows."""
     plan = static_plan(build_ladder(load_adapter(make_peft_adapter(factory, tmp_path / "adapter", r=4))), 4)
-    assert plan.settings.block_tokens == STATIC_BLOCK_TOKENS
+    assert plan.settings.block_tokens == plan.settings.prompt_tokens == STATIC_BLOCK_TOKENS
     model, real = factory(), batch["attention_mask"].bool()
     with activate(model, plan):
         expected = model(**batch).logits

@@ -45,7 +45,7 @@ def shared(tiny_llama, llama_adapter):
     )
     return PolicyCheckpoint(
         PercentilePolicy(ladder.rungs, "complexity", torch.linspace(0.4, 0.9, 101), spread=2.0),
-        Settings(block_tokens=4, chunk=ChunkSettings(1, 5), kv=kv),
+        Settings(block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(1, 5), kv=kv),
         KnobCurve((0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0)),
         (0.25, 0.5, 0.75, 1.0),
         prints,

@@ -51,7 +51,12 @@ def make_policy(tiny_llama, saved):
 
     def make(policy, curve=None, **more):
         return PolicyCheckpoint(
-            policy(ladder.rungs), Settings(block_tokens=4, chunk=ChunkSettings(1, 5)), curve, cost, prints, **more
+            policy(ladder.rungs),
+            Settings(block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(1, 5)),
+            curve,
+            cost,
+            prints,
+            **more,
         )
 
     return make
@@ -188,7 +193,8 @@ def test_rows_of_ladders_in_memory_to_different_rungs(tiny_llama, saved, llama_a
 @pytest.mark.parametrize("budget", [0.9, 0.3])
 def test_a_fixed_policy_stays_within_memory_and_looks_at_nothing(tiny_llama, saved, make_policy, ids, budget):
     policy = dataclasses.replace(
-        make_policy(FixedPolicy), settings=Settings(block_tokens=4, chunk=ChunkSettings(1, 5), kv=FULL_KV)
+        make_policy(FixedPolicy),
+        settings=Settings(block_tokens=4, prompt_tokens=4, chunk=ChunkSettings(1, 5), kv=FULL_KV),
     )
     with adaptive(tiny_llama, saved, policy=policy, budget=budget, resident_rung=1.25) as run:
         tiny_llama.generate(ids, **EXACTLY)

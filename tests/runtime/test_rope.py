@@ -96,7 +96,7 @@ def greedy(new: int) -> dict:
 
 def plan_of(folder, block_tokens: int):
     plan = static_plan(build_ladder(load_adapter(folder)), 4)
-    return replace(plan, settings=replace(plan.settings, block_tokens=block_tokens))
+    return replace(plan, settings=replace(plan.settings, block_tokens=block_tokens, prompt_tokens=block_tokens))
 
 
 @pytest.fixture(scope="module", params=[LONG, ORIGINAL - 8], ids=["beyond from the start", "crossing on the way"])
@@ -183,7 +183,7 @@ class TestPhi3StartsItsCacheAnew:
     @pytest.fixture
     def plan(self, folders, make_plan):
         ladder = build_ladder(load_adapter(folders(self.NAME)), (1, 2, 4))
-        plan = make_plan(ladder, PositionPolicy, chunk=ChunkSettings(2, 6), block_tokens=8)
+        plan = make_plan(ladder, PositionPolicy, chunk=ChunkSettings(2, 6), block_tokens=8, prompt_tokens=8)
         kv = [KVSettings(hard, "int4", window_tokens=16) for hard in ("full", "int8", "int8")]
         return replace(plan, operating=Operating.at(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, 1, 2]), kv))
 

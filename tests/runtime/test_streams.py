@@ -1,7 +1,11 @@
 """Several copies of a text in one pass: the first is the text, the others ask what one token would be at another rung.
 
 A probe sees the first copy for the past and itself for the present, whatever the model's own rule of attention is.
+
+And streams of the controller that are told what was measured of logits instead of the logits.
 """
+
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
@@ -14,10 +18,15 @@ from transformers import (
     MistralConfig,
 )
 
+from policy import FixedPolicy, Operating, Settings
 from runtime import load_adapter
+from runtime.control.record import Keep
+from runtime.control.signals import log_probabilities, next_token_entropy, surprisal
+from runtime.control.stream import Stream
 from runtime.plan import static_plan
 from runtime.reference.adaptive import activate
 from runtime.reference.mask import Streams
+from tests.runtime.drawn import RUNGS, VOCABULARY, make_stream
 from tests.runtime.reference import handmade_ladder, seeded_model
 
 # A copy sums in another order than the text alone: a few fp32 roundings of logits of size 10.
@@ -159,3 +168,70 @@ def test_padding_of_a_text_is_seen_by_none_of_its_copies(run, texts):
     again = of_copies(run, torch.where(real, tokens, other), real, weights)
     whole = real[:, None].expand(-1, COPIES, -1)
     torch.testing.assert_close(again[whole], found[whole], **CLOSE)
+
+
+BLOCKS = {
+    "full": [(4, 4, 4), (1, 1, 1), (3, 3, 3)],
+    "padded": [(4, 2, 1), (1, 3, 2), (2, 2, 3)],
+    "some rows without tokens": [(0, 3, 2), (2, 0, 0), (0, 0, 1), (3, 0, 2)],
+}
+"""Of every block how many tokens each row has."""
+
+
+def closed_otherwise(stream: Stream, counts: tuple[int, ...], logits, attention, states):
+    """`close_block`, told what was measured; whatever of it is of no token is drawn, and of no row NaN."""
+    log_p, tokens = log_probabilities(logits), stream._tokens
+    real = torch.arange(logits.shape[1]) < torch.tensor(counts)[:, None]
+    entropy = torch.where(real, next_token_entropy(log_p), torch.rand(real.shape))
+    own = surprisal(log_p[:, :-1], tokens[:, 1:])
+    following = torch.where(real[:, 1:], own, torch.rand(own.shape))
+    latest = torch.full((len(counts), VOCABULARY), torch.nan)
+    for row, count in enumerate(counts):
+        if count:
+            latest[row] = log_p[row, count - 1]
+    return stream.close_outputs(entropy, attention, following, latest, states)
+
+
+def tensors_of(own) -> list[torch.Tensor]:
+    """All that a record holds, whatever records are in it."""
+    if isinstance(own, torch.Tensor):
+        return [own]
+    return [one for field in fields(own) for one in tensors_of(getattr(own, field.name))] if is_dataclass(own) else []
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_was_measured_of_logits_says_as_much_as_they_do(name):
+    """To the bit: complexities, and all that a stream knows after every block."""
+    generator, settings = torch.Generator().manual_seed(0), Settings(block_tokens=4)
+    made = [
+        make_stream(
+            settings, FixedPolicy(RUNGS), Operating.at(1.0, torch.full((3,), 4)), keep=Keep.DECISIONS, hidden=True
+        )
+        for _ in range(2)
+    ]
+    for counts in BLOCKS[name]:
+        steps = max(counts)
+        real = torch.arange(steps) < torch.tensor(counts)[:, None]
+        tokens = torch.randint(0, VOCABULARY, (3, steps), generator=generator)
+        logits = 3 * torch.randn(3, steps, VOCABULARY, generator=generator)
+        attention = torch.rand(3, steps, generator=generator)
+        embeddings, states = torch.randn(2, 3, steps, 5, generator=generator)
+        for stream in made:
+            stream.open_block(tokens, real, full=name == "full", embeddings=embeddings)
+        whole, measured = made
+        before = whole.expected
+        complexity = whole.close_block(logits, attention, states)
+        found = closed_otherwise(measured, counts, logits, attention, states)
+        assert torch.equal(found[real], complexity[real])
+        for one, other in zip(tensors_of(whole.state), tensors_of(measured.state), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(whole.expected, measured.expected)
+        assert torch.equal(whole.latest_state, measured.latest_state)
+        for row, count in enumerate(counts):
+            kept = torch.zeros(VOCABULARY) if before is None else before[row]
+            own = log_probabilities(logits[row, count - 1]) if count else kept
+            assert torch.equal(measured.expected[row], own)
+    one, other = (stream.columns() for stream in made)
+    there = one["real"]
+    for name, values in one.items():
+        assert torch.equal(values[there], other[name][there]), name

@@ -243,6 +243,7 @@ def test_tensorboard_shows_training_the_tradeoff_and_what_to_compare_runs_by(fit
         "objective",
         "signals",
         "settings.dtype",
+        "settings.prompt_tokens",
     }
     for name, settings in (
         ("amounts", Amounts),

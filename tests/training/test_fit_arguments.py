@@ -1,5 +1,6 @@
 """`python -m training.fit`: how arguments are read, and how it refuses what does not fit."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from policy import SignalSettings
+from policy import Settings, SignalSettings
 from policy.settings import SIGNAL_SETS
-from training.fit import main, make_parser
+from training.fit import fit, main, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +78,7 @@ def empty_folder(tmp_path):
         ({"dtype": "float8"}, "dtype: expected one of"),
         ({"fade_tokens": 3}, "fade_tokens: expected one of"),
         ({"block_tokens": 0}, "block_tokens: expected"),
+        ({"prompt_tokens": 0}, "prompt_tokens: expected"),
         ({"amounts.min_completion_tokens": 63}, "completion tokens"),
         ({"amounts.epochs": 0}, "epochs: expected"),
     ],
@@ -124,6 +126,11 @@ def test_a_broken_line_of_a_dataset_is_one_line_of_ours(module, case, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: expected a JSON object at ")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", ["block_tokens", "prompt_tokens", "fade_tokens"])
+def test_a_flag_of_a_setting_has_the_default_of_the_setting(name):
+    assert inspect.signature(fit).parameters[name].default == getattr(Settings(), name)
 
 
 def test_flags_may_be_written_with_dashes(case, tmp_path, capsys):
