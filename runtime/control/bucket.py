@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from policy.operating import Operating
 from policy.settings import Settings
 
 SLACK_TOKENS = 64
@@ -120,6 +121,25 @@ def pay(
         balance = torch.where(real[:, t], after, balance)
         rungs.append(held)
     return torch.stack(rungs, 1), replace(bucket, balance=balance)
+
+
+def filled(bucket: Bucket, cost: Tensor, real: Tensor) -> Bucket:
+    """The bucket after a block whose tokens it can all pay for: what `pay` leaves, of all tokens at once.
+
+    cost [B, T] float64 of the rung that each token has, real [B, T] bool. A bucket that is full stays full: the balance
+    is what has come in since it was full last, or since the block began.
+    """
+    gained = torch.where(real, bucket.budget[:, None] - cost, 0.0).cumsum(1)
+    room = (SLACK_TOKENS * bucket.budget[:, None] - gained).amin(1)
+    balance = torch.minimum(bucket.balance, room) + gained[:, -1]
+    return replace(bucket, balance=torch.where(bucket.budget.isfinite(), balance, bucket.balance))
+
+
+def affordable(operating: Operating, offer: Offer) -> bool:
+    """Whether every row can pay for its start rung, or the highest in memory below it, for good."""
+    offer = offer.to(operating.knob.device)
+    start = torch.minimum(operating.start_rung, offer.resident)
+    return bool((_at(offer.cost, start) <= operating.budget + SAME_COST).all())
 
 
 def _faded(offer: Offer, rung: Tensor, before: Tensor) -> Tensor:

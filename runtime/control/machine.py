@@ -26,7 +26,7 @@ from torch import Tensor
 from policy.contract import Decision, RankPolicy, Summary
 from policy.settings import SIGNALS, Settings
 
-from .bucket import Offer, pay
+from .bucket import Offer, filled, pay
 from .known import (
     at_end,
     gathered_tokens,
@@ -109,6 +109,7 @@ def open_block(
     constants: Constants, *, full: bool = False, outputs: Tensor | None = None,
     rows: Tensor | None = None,
     hidden: Tensor | None = None,
+    prompt: bool = False,
 ) -> tuple[State, Opened]:  # fmt: skip
     """Decide for every token of a block that is about to be processed.
 
@@ -116,6 +117,7 @@ def open_block(
     host knows. With outputs [B, T, 3], what the model puts out at every token and how surprising the one behind it is,
     the block is decided as if it went through the model token by token. `rows` [B] long are the rows' numbers in their
     batch, where these are some of them, `hidden` [B, T, 2 d] what an opening at each token sees of the model's states.
+    `prompt` says that all tokens are of prompts whose start rung is within the budget, where the host knows.
     Returns the state after the block and what was decided.
     """
     steps = torch.arange(real.shape[1], device=real.device)
@@ -137,7 +139,9 @@ def open_block(
     if constants.partial:
         wish = torch.minimum(wish, state.offer.resident[:, None])
     rung, bucket = latest.holds(wish, state.chunk.rung), state.bucket
-    if constants.limited:
+    if constants.limited and prompt and settings.fade_tokens == 1:
+        bucket = filled(bucket, state.offer.cost.gather(1, rung), real)
+    elif constants.limited:
         chunk, offer = state.chunk, state.offer
         rung, bucket = pay(bucket, offer, chunk.rung, chunk.before_rung, wish, opens, positions, start, real, settings)
     scale = decision.scales.view(*rung.shape, -1).gather(2, rung[..., None])[..., 0]

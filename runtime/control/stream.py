@@ -23,7 +23,7 @@ from policy.operating import Operating
 from policy.rungs import nearest_rung
 from policy.settings import MODEL_SIGNALS, SIGNALS, STATS, TOKEN_SIGNALS, Settings
 
-from .bucket import SAME_COST, Offer
+from .bucket import SAME_COST, Offer, affordable
 from .known import OUTPUTS, SURPRISAL, pick
 from .machine import Constants, Opened, open_block, take_in, token_complexity
 from .record import Block, Keep, Record, Sums
@@ -72,6 +72,8 @@ class Stream:
         """The rung index of every row, on the host, where no token changes it; else None."""
         self.adapters: list[int] = operating.adapter.tolist()
         """Which ladder every row uses, on the host."""
+        self.affordable = affordable(operating, offer)
+        """Whether prompts stay at their start rungs"""
         self.state = initial_state(operating, offer, device)
         self.constants = Constants.of(settings, bool(operating.budget.isfinite().any()), offer.partial, device)
         if self.static is not None:
@@ -96,14 +98,15 @@ class Stream:
 
     @torch.no_grad()
     def open_block(
-        self, tokens: Tensor, real: Tensor, *, full: bool = False, embeddings: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, real: Tensor, *, full: bool = False, prompt: bool = False,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Decide for every token of a block before it is processed.
 
-        tokens [B, T] long, real [B, T] bool with padding trailing; `full` says that there is none, where the host
-        knows; embeddings [B, T, d] are the tokens', where states are looked at. Returns the weights over rungs,
-        [B, T, J] float32; of a static stream [B, 1, J], the same for all
-        tokens, and the same tensor every time.
+        tokens [B, T] long, real [B, T] bool with padding trailing; `full` says that there is none, and `prompt` that
+        all tokens are of prompts, where the host knows; embeddings [B, T, d] are the tokens', where states are looked
+        at. Returns the weights over rungs, [B, T, J] float32; of a static stream [B, 1, J], the same for all tokens,
+        and the same tensor every time.
         """
         self._full = full
         self._tokens = tokens = torch.where(real, tokens, NO_TOKEN)
@@ -120,7 +123,8 @@ class Stream:
                 assert embeddings is not None, "who looks at states is given embeddings"
                 state = torch.zeros_like(embeddings[:, 0]) if self.latest_state is None else self.latest_state
                 hidden = torch.cat([state[:, None].expand_as(embeddings), embeddings], 2)
-            opened = self._decide(tokens, real, positions, in_prompt, hidden=hidden)
+            paid = prompt and self.affordable
+            opened = self._decide(tokens, real, positions, in_prompt, hidden=hidden, paid=paid)
             weights, active, beside = opened.weights, opened.active, opened.beside
         self.sums.add(tokens, real, ~in_prompt, active, beside)
         if self.keep >= Keep.RUNGS:
@@ -167,7 +171,7 @@ class Stream:
 
     def _decide(
         self, tokens: Tensor, real: Tensor, positions: Tensor, in_prompt: Tensor, outputs: Tensor | None = None,
-        hidden: Tensor | None = None,
+        hidden: Tensor | None = None, paid: bool = False,
     ) -> Opened:  # fmt: skip
         signals = self._token_signals(tokens, real, positions)
         if self.expected is not None:
@@ -177,7 +181,7 @@ class Stream:
             self.state = take_in(self.state, first, expected, SURPRISAL, self.settings)
         self.state, opened = open_block(
             self.state, signals, in_prompt, real, self.settings, self.policy, self.constants, full=self._full,
-            outputs=outputs, rows=self.numbers, hidden=hidden,
+            outputs=outputs, rows=self.numbers, hidden=hidden, prompt=paid,
         )  # fmt: skip
         chunk, held = opened.chunk, opened.held
         self._block = Block(
@@ -208,30 +212,46 @@ class Stream:
 
         Returns every token's complexity, [B, T] float32, by which its KV page is judged. Not for a static stream.
         """
-        block, log_p = self.block, log_probabilities(logits)
-        outputs = torch.stack([next_token_entropy(log_p), attention], dim=-1)
+        log_p = log_probabilities(logits)
+        following = surprisal(log_p[:, :-1], self._tokens[:, 1:])
+        return self.close_outputs(next_token_entropy(log_p), attention, following, self._last(log_p), states)
+
+    @torch.no_grad()
+    def close_outputs(
+        self, entropy: Tensor, attention: Tensor, following: Tensor, latest: Tensor, states: Tensor | None = None
+    ) -> Tensor:
+        """`close_block` for who has measured the block's logits: entropy [B, T], surprisal of each token after the
+        first, `following` [B, T - 1], and `latest` [B, V], `log_probabilities` at every row's last token of the block.
+
+        All are numbers, at padding too; a row without a token in the block keeps what it had, whatever its `latest`.
+        """
+        block, outputs = self.block, torch.stack([entropy, attention], dim=-1)
         self.state = take_in(self.state, outputs, block.real, OUTPUTS, self.settings, full=self._full)
-        if log_p.shape[1] > 1:
-            own = surprisal(log_p[:, :-1], self._tokens[:, 1:])[..., None]
+        if following.shape[1] > 0:
+            own = following[..., None]
             self.state = take_in(self.state, own, block.real[:, 1:], SURPRISAL, self.settings, full=self._full)
-        self.expected = self._latest(log_p, self.expected, block.real)
+        self.expected = self._latest(latest, self.expected)
         if states is not None:
-            self.latest_state = self._latest(states, self.latest_state, block.real)
+            self.latest_state = self._latest(self._last(states), self.latest_state)
         complexity = self._complexity(outputs, block)
         if self.keep is Keep.DECISIONS:
             self.record.blocks.append(block)
             self.record.complexities.append(complexity)
         return complexity
 
-    def _latest(self, values: Tensor, before: Tensor | None, real: Tensor) -> Tensor:
-        """values [B, T, ...] at every row's last token of the block, or what was before it where there is none; zeros
-        before the first."""
+    def _last(self, values: Tensor) -> Tensor:
+        """values [B, T, ...] at every row's last token of the block; at any where it has none."""
         if self._full:
             # A copy, or the whole block's would be held until the next one.
             return values[:, -1].clone() if values.shape[1] > 1 else values[:, -1]
-        count = real.sum(1)
-        last = pick(values, (count - 1).clamp(min=0))
-        return torch.where((count > 0)[:, None], last, torch.zeros_like(last) if before is None else before)
+        return pick(values, (self.block.real.sum(1) - 1).clamp(min=0))
+
+    def _latest(self, last: Tensor, before: Tensor | None) -> Tensor:
+        """[B, ...] `last` where a row has a token in the block, or else what was before it; zeros before the first."""
+        if self._full:
+            return last
+        some = self.block.real.any(1)[:, None]
+        return torch.where(some, last, torch.zeros_like(last) if before is None else before)
 
     def columns(self) -> dict[str, Tensor]:
         """The record by column of processing, see `Record.columns`. Raises ValueError when none was asked for."""
