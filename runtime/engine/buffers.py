@@ -1,4 +1,5 @@
-"""The tensors whose addresses a captured graph holds: made once for a batch bucket, written in place ever after.
+"""The tensors whose addresses a captured graph holds: made once for a batch bucket, written in place ever after. What
+rows keep between steps may be shared with other buckets (`lanes`).
 
 Shape legend: B rows, D hidden, F inner, V vocabulary, L layers.
 """
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kv.units import Units
 from ..ops.attention import AttentionScratch
 from ..ops.norm import Norm
 from ..ops.pages import PagePolicy, Pages, PageTables, Turned
 from ..ops.ready import nothing_ready
 from ..ops.residual import squares_of
 from ..ops.resolve import Rows
+from .lanes import Lanes
 from .model import MEMBERS, Model
 from .page_pool import Pool
 
@@ -61,11 +62,9 @@ class Buffers:
     """[probes, B, H] float32: attention mass beyond the recent pages in the layers that are listened to"""
 
     @classmethod
-    def of(
-        cls, model: Model, units: Units, rows: int, pages: int, directions: int, probes: int, splits: int
-    ) -> Buffers:  # fmt: skip
-        """For `rows` rows of up to `pages` pages in such units, adapters of up to `directions` directions."""
-        s, device, dtype = model.shape, model.device, model.dtype
+    def of(cls, model: Model, lanes: Lanes, directions: int, probes: int, splits: int) -> Buffers:
+        """For the rows of `lanes`, adapters of up to `directions` directions."""
+        s, device, dtype, rows = model.shape, model.device, model.dtype, len(lanes)
         attended = s.heads * s.head_dim
         widest = max(attended + 2 * s.kv_heads * s.head_dim, 2 * s.inner, s.hidden)
 
@@ -73,12 +72,11 @@ class Buffers:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            rows=Rows(torch.full((rows,), -1, dtype=torch.int32, device=device), zeros(rows, dtype=torch.int32),
-                      zeros(rows)),
-            tokens=zeros(rows, dtype=torch.long),
-            tables=PageTables.of(rows, pages, units, device),
-            turned=Turned.of(rows, units, device),
-            kept=PagePolicy.of(rows, pages, device),
+            rows=lanes.rows,
+            tokens=lanes.generated.tokens,
+            tables=lanes.tables,
+            turned=lanes.turned,
+            kept=lanes.kept,
             r=zeros(rows, s.hidden),
             normed=zeros(rows, s.hidden, dtype=dtype),
             squares=zeros(rows, squares_of(rows, s.hidden)),

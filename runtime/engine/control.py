@@ -30,6 +30,7 @@ from ..ops.control import decide_kernel
 from ..ops.launch import dependent
 from ..ops.resolve import Rows
 from .network import Network
+from .sending import to_device
 
 MOST_HIDDEN = 128
 MOST_RUNGS = 64
@@ -143,12 +144,13 @@ class Controller:
     `trace` [B, N] int16 holds rungs that replace what was decided at a row's n-th step since it was loaded, -1 where
     nothing does; the rung of every step is written to `log` [B, N] int16, of no step beyond N. To `complexity` [B, P]
     float64, sums over the tokens of every page, which somebody else judges pages by, a step adds the token before its
-    own as `Stream.close_block` measures it. Raises ValueError for what is not covered.
+    own as `Stream.close_block` measures it. `state` is that of the same rows, where others have made it. Raises
+    ValueError for what is not covered.
     """
 
     def __init__(
         self, policy: RankPolicy, settings: Settings, rows: Rows, ladders: Ladders, *, trace: Tensor | None = None,
-        log: Tensor | None = None, complexity: Tensor | None = None,
+        log: Tensor | None = None, complexity: Tensor | None = None, state: RowState | None = None,
     ) -> None:  # fmt: skip
         reason = why_not(policy, settings)
         if reason is not None:
@@ -159,7 +161,7 @@ class Controller:
         self.policy, self.settings, self.rows, self.ladders = policy, settings, rows, ladders
         self.trace, self.log, self.complexity = trace, log, complexity
         past = history_tokens(settings.signals.novelty_window_tokens)
-        self.state = RowState.of(len(rows.slot), len(policy.rungs), past, device)
+        self.state = RowState.of(len(rows.slot), len(policy.rungs), past, device) if state is None else state
         self._network = Network.of(policy, device)
         self._hears_attention = isinstance(policy, LearnedPolicy) and "attention" in policy.config()["signals"]
         self._shares: Tensor | None = None
@@ -219,7 +221,7 @@ class Controller:
             (self.rows.slot, slot),
         ]
         if stream.static is not None:
-            rung = torch.tensor(stream.static, device=index.device)
+            rung = to_device(torch.tensor(stream.static), index.device)
             weight = self._network.by_rung[0, rung] * self.ladders.scale[slot.long(), rung]
             values += [(self.rows.rung, rung), (self.rows.weight, weight)]
         if self.complexity is not None:

@@ -10,7 +10,7 @@ Shape legend: B rows of the bucket, n of them, N steps at most, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,16 +21,17 @@ from policy.settings import Settings
 from ..control.stream import Stream
 from ..kv.formats import FULL, NONE
 from ..kv.units import pages_for
-from ..ops.pages import turn
+from ..ops.pages import leave, turn
 from ..ops.quantise import quantise_turned
-from ..ops.reference.sampling import Generated, Sampling, SamplingRows
+from ..ops.reference.sampling import Sampling
 from ..ops.resolve import reads_for
 from ..ops.sampling import SamplingScratch, sample
 from .buffers import Buffers
 from .control import Controller, Ladders
 from .graph import Graph
+from .lanes import Lanes, over_rows
 from .model import Model
-from .page_pool import Pool, place, set_policy
+from .page_pool import Pool, place
 from .step import Forward
 from .store import AdapterStore
 
@@ -52,13 +53,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Begin:
-    """What a prefill leaves of n rows, beside their pages."""
+    """What a prefill leaves of n rows that follow each other, beside their pages and what those are judged by."""
 
+    first: int
+    """Number of the first of them in the bucket"""
     stream: Stream
     slots: Tensor
     """[n] int32: where the rows' ladders lie"""
-    complexity: Tensor | None
-    """[n, pages] float64: sums over the tokens of their pages, where pages are judged by that"""
+    lengths: Tensor
+    """[n] int32: tokens whose keys and values are there"""
     logits: Tensor
     """[n, V] of the row's last token"""
     tokens: Tensor
@@ -66,6 +69,8 @@ class Begin:
     sampling: Sequence[Sampling]
     ends: Tensor
     pad: int
+    given: Tensor | None = None
+    """[n, g] long: tokens that rows have already answered with, which are gone through again"""
 
 
 LONG_PAGES = 256
@@ -90,31 +95,36 @@ def probed_layers(layers: int, wanted: int) -> tuple[int, ...]:
 
 
 class Decoder:
-    """A bucket's buffers and its graph. `trace` [B, N] int16 replaces decisions, see `Controller`."""
+    """A bucket's buffers and its graph.
+
+    `trace` [B, N] int16 replaces decisions, see `Controller`. `within` is a decoder of more rows, of which this one
+    works on the first: made before any of them is in use, as a graph is captured by running it.
+    """
 
     def __init__(
         self, model: Model, pool: Pool, store: AdapterStore | None, ladders: Ladders | None, policy: RankPolicy,
-        settings: Settings, bucket: Bucket, *, trace: Tensor | None = None,
+        settings: Settings, bucket: Bucket, *, trace: Tensor | None = None, within: Decoder | None = None,
     ) -> None:  # fmt: skip
         self.bucket, self.model, self.pool = bucket, model, pool
         rows, device, signals = bucket.rows, model.device, settings.signals
         probes = probed_layers(model.shape.layers, signals.attention_layers) if bucket.decides else ()
         splits = splits_for(rows, model.shape.kv_heads, bucket.pages, pool.units.coded)
         directions = 1 if store is None else store.directions
-        self.buffers = Buffers.of(model, pool.units, rows, bucket.pages, directions, len(probes), splits)
-        ends = torch.zeros(bucket.ends, dtype=torch.long, device=device)
-        made = Generated.of(rows, model.shape.vocabulary, bucket.steps, ends)
-        self.generated = replace(made, tokens=self.buffers.tokens)
-        self.sampling = SamplingRows.of(rows, device)
-        self.rungs = torch.zeros(rows, bucket.steps, dtype=torch.int16, device=device)
-        """[B, N] the rung of every step, where a controller runs"""
+        if within is None:
+            lanes = Lanes.of(model, pool.units, rows, bucket.pages, bucket.steps, bucket.ends)
+        else:
+            lanes = within.lanes.part(0, rows)
+        self.lanes: Lanes = lanes
+        self.buffers = Buffers.of(model, lanes, directions, len(probes), splits)
+        self.generated, self.sampling, self.rungs = lanes.generated, lanes.sampling, lanes.rungs
         self.controller: Controller | None = None
         if store is not None and ladders is not None:
-            judged = self.buffers.kept.complexity if pool.units.coded else None
+            judged = lanes.kept.complexity if pool.units.coded else None
+            state = None if within is None or within.controller is None else within.controller.state
             self.controller = Controller(
-                policy, settings, self.buffers.rows, ladders, trace=trace, log=self.rungs, complexity=judged
+                policy, settings, lanes.rows, ladders, trace=trace, log=self.rungs, complexity=judged,
+                state=None if state is None else over_rows(lambda own: own[:rows], state),
             )  # fmt: skip
-        self._entropy, self._surprisal = (torch.zeros(rows, device=device) for _ in range(2))
         self._scratch = SamplingScratch.of(rows, model.shape.vocabulary, device)
         reads = None if store is None else reads_for(rows, len(store.modules), store.arena, model.dtype)
         tables = None if store is None else store.tables
@@ -127,10 +137,10 @@ class Decoder:
         next."""
         b = self.buffers
         if self.controller is not None and self.bucket.decides:
-            self.controller.step(b.tokens, self._entropy, self._surprisal, b.distant)
+            self.controller.step(b.tokens, self.lanes.entropy, self.lanes.surprisal, b.distant)
         self.turn()
         self._forward()
-        self._sample()
+        self._sample(self.lanes, b.logits)
 
     def turn(self) -> None:
         """Open a step: pages that have left the window get their format, and others begin."""
@@ -144,16 +154,22 @@ class Decoder:
         self._graph.replay()
 
     def clear(self) -> None:
-        """No row is in use."""
-        self.buffers.tables.lengths.zero_()
-        self.buffers.turned.code.zero_()
-        self._idle()
+        """No row is in use, has an adapter, or is to be told anything; what its pages were is forgotten."""
+        lanes = self.lanes
+        made, tables = lanes.generated, lanes.tables
+        for own in (tables.lengths, tables.settled, tables.counts, lanes.turned.code, made.tokens, made.pad):
+            own.zero_()
+        lanes.rows.slot.fill_(-1)
+        lanes.rows.weight.zero_()
+        made.ended.fill_(1)
 
-    def _idle(self) -> None:
-        """No row has an adapter, and none is to be told anything."""
-        self.buffers.rows.slot.fill_(-1)
-        self.buffers.rows.weight.zero_()
-        self.generated.ended.fill_(1)
+    def leave(self, row: int) -> None:
+        """A row is not in use any more; all that it has can be used by others from the next step on. Between steps."""
+        lanes = self.lanes
+        leave(lanes.tables, self.pool.free, lanes.turned, torch.full_like(lanes.rows.slot[:1], row))
+        lanes.rows.slot[row] = -1
+        lanes.rows.weight[row] = 0
+        lanes.generated.ended[row] = 1
 
     def hold(self, lengths: Sequence[int]) -> None:
         """Rows of so many tokens in the model's dtype, whatever they are, and no others: for who times steps."""
@@ -162,26 +178,31 @@ class Decoder:
         place(self.pool, self.buffers.tables, self.buffers.turned, formats, lengths, [0] * len(lengths))
 
     def begin(self, begin: Begin) -> None:
-        """Let n rows go on whose pages are in place in the first n of the bucket, and choose their first tokens."""
-        b, g = self.buffers, self.generated
-        count = len(begin.slots)
-        index = torch.arange(count, device=self.model.device)
-        kv = begin.stream.state.operating.kv
-        assert kv.is_full or self.pool.units.coded, "attention finds no dropped page where none may be coded"
-        self._idle()
-        set_policy(b.kept, kv)
+        """Let n rows go on whose pages are in place, and choose their first tokens; all others are left alone."""
+        count, first = len(begin.slots), begin.first
+        own = self.lanes.part(first, count)
+        g = own.generated
+        own.tables.lengths.copy_(begin.lengths)
         if self.controller is not None:
-            self.controller.load(index, begin.stream, begin.slots, begin.complexity)
+            index = torch.arange(first, first + count, device=self.model.device)
+            judged = own.kept.complexity if self.pool.units.coded else None
+            self.controller.load(index, begin.stream, begin.slots, judged)
         g.seen.zero_()
-        g.seen[:count].scatter_(1, begin.tokens, 1)
-        g.ended[:count] = 0
+        g.seen.scatter_(1, begin.tokens, 1)
+        g.ended.zero_()
         g.count.zero_()
+        g.given.zero_()
+        if begin.given is not None:
+            given = begin.given.shape[1]
+            g.log[:, :given] = begin.given
+            g.given.fill_(given)
         g.pad.fill_(begin.pad)
         g.ends.copy_(begin.ends)
         for row, sampling in enumerate(begin.sampling):
-            self.sampling.set(row, sampling)
-        b.logits[:count] = begin.logits
-        self._sample()
+            own.sampling.set(row, sampling)
+        logits = self.buffers.logits[first : first + count]
+        logits.copy_(begin.logits)
+        self._sample(own, logits)
 
-    def _sample(self) -> None:
-        sample(self.buffers.logits, self.sampling, self.generated, self._entropy, self._surprisal, self._scratch)
+    def _sample(self, lanes: Lanes, logits: Tensor) -> None:
+        sample(logits, lanes.sampling, lanes.generated, lanes.entropy, lanes.surprisal, self._scratch)

@@ -21,6 +21,7 @@ from ..kv.formats import FORMATS, FULL, INT4, INT8
 from ..kv.units import CODED, Units, pages_for
 from ..ops.pages import FreeUnits, PagePolicy, PageTables, Turned
 from .model import Model
+from .sending import to_device
 
 _BEYOND = 3
 """Pages in the model's dtype beside sinks and window: one that the window begins in, one that the newest token is in,
@@ -53,20 +54,32 @@ class Pool:
     def nbytes(self) -> int:
         return self.memory.nbytes
 
+    def clear(self) -> None:
+        """All units are free."""
+        self.free.stack.copy_(torch.arange(len(self), dtype=torch.int32))
+        self.free.top.fill_(len(self))
+        self.free.dry.zero_()
+
     def __len__(self) -> int:
         return self.memory.shape[1]
 
 
-def units_needed(kv: KVRows, tokens: Sequence[int], units: Units) -> int:
-    """Units that rows of up to `tokens` tokens take at most, whatever their text: what admits them."""
-    total = 0
+def units_needed(kv: KVRows, tokens: Sequence[int], units: Units, part_tokens: int = 0) -> int:
+    """Units that rows of up to `tokens` tokens take at most, whatever their text: what admits them.
+
+    While a part of their prompts of up to `part_tokens` tokens is under way its pages are in the model's dtype, and
+    when it is through they are that as long as they are coded.
+    """
+    total = spare = 0
     for row, count in enumerate(tokens):
         pages = pages_for(count)
         coded = max(units.of(FORMATS.index(PAGE_ACTIONS[int(own[row])])) for own in (kv.hard, kv.easy))
         window = pages_for(int(kv.window_tokens[row]))
         full = min(pages, int(kv.sink_pages[row]) + window + _BEYOND)
         total += units.of(FULL) * full + coded * (pages - full)
-    return total
+        spare += pages - full if coded < units.of(FULL) else 0
+    under_way = pages_for(part_tokens) + len(tokens) if part_tokens else 0
+    return total + units.of(FULL) * min(under_way, spare)
 
 
 def place(
@@ -116,16 +129,16 @@ def place(
     return {code: own.to(pool.memory.device) for code, own in numbers.items()}
 
 
-def set_policy(policy: PagePolicy, kv: KVRows) -> None:
-    """What becomes of the pages of the first n rows, of which kv has n; other rows keep theirs."""
-    rows, device = len(kv), policy.hard.device
+def set_policy(policy: PagePolicy, kv: KVRows, first: int = 0) -> None:
+    """What becomes of the pages of rows from `first` on, as many as kv has; other rows keep theirs."""
+    rows, device = slice(first, first + len(kv)), policy.hard.device
     codes = torch.tensor([FORMATS.index(action) for action in PAGE_ACTIONS], dtype=torch.int32)
     values = (
         (policy.hard, codes[kv.hard]), (policy.easy, codes[kv.easy]), (policy.threshold, kv.threshold),
         (policy.sink_pages, kv.sink_pages), (policy.window_tokens, kv.window_tokens),
     )  # fmt: skip
     for kept, given in values:
-        kept[:rows] = given.to(device, kept.dtype)
+        kept[rows] = to_device(given.to(kept.dtype), device)
 
 
 def kv_bytes(tables: PageTables, lengths: Sequence[int], units: Units, layers: int) -> int:

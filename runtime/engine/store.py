@@ -72,11 +72,15 @@ class AdapterStore:
         Raises ValueError for an adapter of other modules than the model's, more rungs, banks or directions than there
         is room for, and MemoryError when slots or bytes are used up.
         """
+        return self.put(ladder, *self.packed(ladder))
+
+    def packed(self, ladder: Ladder) -> tuple[Table, Tensor]:
+        """What `put` takes of a ladder. Raises ValueError as `load` does."""
         self._check(ladder)
-        return self.put(ladder, *packed_ladder(ladder, self.modules, self.directions, self.dtype, self.device))
+        return packed_ladder(ladder, self.modules, self.directions, self.dtype, self.device)
 
     def put(self, ladder: Ladder, table: Table, blob: Tensor) -> int:
-        """`load` of what `packed_ladder` made of the ladder already. Raises MemoryError as `load` does."""
+        """`load` of what `packed` made of the ladder already. Raises MemoryError as `load` does."""
         with self._lock:
             slot = next((i for i, own in enumerate(self.ladders) if own is None), None)
             if slot is None:

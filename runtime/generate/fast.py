@@ -1,12 +1,11 @@
-"""A generation through the engine: the prompt by the reference path, every token behind it in one graph.
+"""A generation through the engine: the prompt in passes over many tokens, every token behind it in one graph.
 
-The reference path's forward, decisions, signals and pages are the specification; what it leaves of a prompt, the engine
-goes on with.
+The reference path's forward, decisions, signals and pages are the specification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +13,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from policy.operating import Operating
 from policy.settings import PAGE_TOKENS
 
+from ..control.bucket import affordable
 from ..control.record import RESPONSE
-from ..control.stream import Stream
+from ..control.stream import static_rungs
 from ..engine import control
 from ..engine import model as engine_model
-from ..engine.control import Ladders
+from ..engine.bank import held
 from ..engine.decoder import Begin, Bucket, Decoder
 from ..engine.model import Model, model_of
 from ..engine.page_pool import Pool, kv_bytes, units_needed, units_of
-from ..engine.store import AdapterStore, needed_bytes
+from ..engine.prompt_pass import Room
+from ..engine.prompts import Prefill, Prompt, Workroom
 from ..kv.units import pages_for
 from ..plan import RunPlan
 from ..reference.adaptive import AdaptiveRun, end_tokens, generation_option
-from ..reference.run import AdaptiveCache
-from .handover import hand_over
 from .lookback import Lookback
 from .options import Options
 
@@ -67,11 +67,30 @@ def _pages_why_not(model: Model, plan: RunPlan) -> str | None:
     return None
 
 
+PASS_TOKENS, PASS_ROWS, PASS_SETS = 2048, 16, 4
+"""Of a pass over prompts, at most; a longer block of a policy is a pass of its own. Sets of factors are as large as an
+adapter."""
+
+
+@dataclass
+class Counted:
+    """Tokens by active rung, as `control.record.Sums` has them, and the ladder of every row."""
+
+    counts: Tensor
+    """[B, 2, J] float64"""
+    beside: Tensor
+    adapters: list[int]
+
+    @property
+    def sums(self) -> Counted:
+        return self
+
+
 @dataclass
 class Spent:
     """What the latest generation of the engine holds: stands where the reference path's cache would."""
 
-    stream: Stream
+    stream: Counted
     lengths: list[int]
     token_bytes: int
     held: int
@@ -95,23 +114,10 @@ class FastPath:
         self.hf, self.run, plan = model, run, run.plan
         limit = getattr(model.config, "max_position_embeddings", 4096)
         self.model = model_of(model, limit)
-        modules, ladders = self.model.modules(), plan.ladders
-        directions = max(int(own.edges[: own.highest + 1].max()) for own in ladders)
-        directions = max(directions, 1)
-        self.store = AdapterStore(
-            modules, slots=len(ladders), capacity_bytes=needed_bytes(ladders, modules, directions, model.dtype),
-            rungs=len(plan.policy.rungs), directions=directions, dtype=model.dtype, device=self.model.device,
-            banks=max(len(own.banks) for own in ladders),
-        )  # fmt: skip
-        self.ladders = Ladders.of(
-            len(ladders), self.model.shape.vocabulary, len(plan.policy.rungs), self.model.device
-        )  # fmt: skip
-        difficulty = plan.difficulty()
-        for number, ladder in enumerate(ladders):
-            slot = self.store.load(ladder)
-            own = difficulty.select(torch.tensor(number))
-            self.ladders.put(slot, own, torch.tensor(ladder.scales))
+        self.store, self.ladders = held(self.model, plan)
         self._decoders: dict[Bucket, Decoder] = {}
+        self._prefills: dict[tuple[Bucket, Room], Prefill] = {}
+        self._workrooms: dict[Room, Workroom] = {}
         self._pool: Pool | None = None
 
     @torch.no_grad()
@@ -120,55 +126,105 @@ class FastPath:
         options = Options.of(self.hf, ids, kwargs)
         if options.streamer is not None:
             options.streamer.put(ids.cpu())
-        decoder, cache = self.begin(ids, kwargs, options)
+        decoder, prompts = self.begin(ids, kwargs, options)
         new = self._decode(decoder, len(ids), options)
-        self._account(decoder, cache, new, options)
+        self._account(decoder, prompts, new, options)
         return torch.cat([ids, new], 1)
 
     @torch.no_grad()
-    def begin(self, ids: Tensor, kwargs: dict[str, Any], options: Options) -> tuple[Decoder, AdaptiveCache]:
-        """The prompt through the reference path: a decoder whose first rows go on from there, first tokens chosen, and
-        the cache that the prompt has left; arguments as `generate` has them."""
-        cache, logits = self._prefill(ids, kwargs)
-        return self._begin(ids, cache, logits, options), cache
+    def begin(self, ids: Tensor, kwargs: dict[str, Any], options: Options) -> tuple[Decoder, list[Prompt]]:
+        """The prompts: a decoder whose first rows go on from there, first tokens chosen, and what went through it;
+        arguments as `generate` has them."""
+        tokens = self._tokens(ids, kwargs)
+        operating = self.run.plan.operating.for_rows(len(ids))
+        decoder, prefill = self._decoder([len(own) + options.new_tokens for own in tokens], operating, options)
+        decoder.pool.clear()
+        decoder.clear()
+        block = self.run.plan.settings.prompt_tokens if decoder.bucket.decides else None
+        offer = self.run.plan.offer().select(operating.adapter)
+        ends = torch.tensor(options.ends, dtype=torch.long, device=self.model.device)
+        prompts = []
+        for rows in self._groups(tokens, operating, prefill.room, block):
+            index, part = torch.tensor(rows), slice(rows.start, rows.stop)
+            own = operating.select(index)
+            stream = self.run.new_stream(len(rows), operating=own)
+            prompt = Prompt(
+                rows.start, tokens[part], stream, own, offer.select(index), own.adapter.tolist(), blocks=block,
+                device=self.model.device,
+            )  # fmt: skip
+            prefill.begin(prompt)
+            while not prompt.over:
+                prefill.run([(prompt, prompt.upto(prefill.room.tokens // len(rows)))])
+            assert prompt.logits is not None, "it went through the model"
+            slots = own.adapter.to(self.model.device, torch.int32)
+            decoder.begin(Begin(
+                rows.start, stream, slots, prompt.lengths, prompt.logits, ids[part], options.sampling[part], ends,
+                options.pad,
+            ))  # fmt: skip
+            prefill.tables.lengths[part].zero_()
+            prompts.append(prompt)
+        return decoder, prompts
 
-    def _prefill(self, ids: Tensor, kwargs: dict[str, Any]) -> tuple[AdaptiveCache, Tensor]:
-        cache = self.run.new_cache(len(ids))
-        cache.next_call_is_prompt = True
+    def _groups(
+        self, tokens: Sequence[Sequence[int]], operating: Operating, room: Room, block: int | None
+    ) -> Iterator[range]:
+        """Rows that go through the model together: as many as a pass has room for."""
+        longest = max(map(len, tokens))
+        most = 1 if room.moves else max(1, min(room.parts, room.tokens // min(longest, block or longest)))
+        keys = list(zip(operating.adapter.tolist(), operating.start_rung.tolist(), strict=True))
+        first = 0
+        for row in range(1, len(tokens) + 1):
+            full = row == len(tokens) or row - first == most or len(set(keys[first : row + 1])) > room.sets
+            if full:
+                yield range(first, row)
+                first = row
+
+    def _tokens(self, ids: Tensor, kwargs: dict[str, Any]) -> list[list[int]]:
+        """Every row's own tokens. Waits for the device, as how many there are decides what is launched."""
         mask = kwargs.get("attention_mask")
         if mask is None:  # as transformers has it
             pad = generation_option(self.hf, kwargs, "pad_token_id")
             padded = pad is not None and pad not in end_tokens(self.hf, kwargs)
             mask = (ids != pad).long() if padded else torch.ones_like(ids)
-        return cache, self.run.logits(ids, mask, cache, 1)[:, -1].float()
+        if mask.shape != ids.shape:
+            got = f"{list(mask.shape)}"
+            raise ValueError(f"attention_mask: expected {list(ids.shape)}, got {got}; pass the tokenizer's own mask")
+        both = torch.stack([ids, mask.to(ids)]).cpu()
+        found = [row[real.bool()].tolist() for row, real in zip(*both, strict=True)]
+        if not all(found):
+            raise ValueError("attention_mask: expected a real token in every row, got padding alone; pass a prompt")
+        return found
 
-    def _begin(self, ids: Tensor, cache: AdaptiveCache, logits: Tensor, options: Options) -> Decoder:
-        longest = [length + options.new_tokens for length in cache.lengths]
-        decoder = self._decoder(longest, cache, options)
-        slots = cache.stream.state.operating.adapter.to(self.model.device, torch.int32)
-        ends = torch.tensor(options.ends, dtype=torch.long, device=self.model.device)
-        hand_over(cache, decoder.pool, decoder.buffers.tables, decoder.buffers.turned)
-        complexity = cache.table.complexity if decoder.pool.units.coded else None
-        decoder.begin(Begin(cache.stream, slots, complexity, logits, ids, options.sampling, ends, options.pad))
-        return decoder
-
-    def _decoder(self, longest: Sequence[int], cache: AdaptiveCache, options: Options) -> Decoder:
-        """A decoder for rows that grow up to `longest` tokens, and a pool with room for them."""
-        decides, kv = cache.stream.static is None, cache.kv
+    def _decoder(self, longest: Sequence[int], operating: Operating, options: Options) -> tuple[Decoder, Prefill]:
+        """A decoder for rows that grow up to `longest` tokens, what their prompts go through, and a pool with room."""
+        plan, kv = self.run.plan, operating.kv
+        offer = plan.offer().select(operating.adapter)
+        decides = static_rungs(plan.policy, operating, offer) is None
         pages = pages_for(max(longest))
         bucket = Bucket(_power(len(longest)), _power(pages), _power(options.new_tokens), len(options.ends), decides)
         units = units_of(self.model, coded=not kv.is_full)
-        needed = units_needed(kv, longest, units)
+        block = plan.settings.prompt_tokens if decides else 1
+        moving = decides and not affordable(operating, offer)
+        sets = len(plan.policy.rungs) if moving else min(PASS_SETS, len(plan.operating))
+        room = Room(block if moving else max(PASS_TOKENS, block), PASS_ROWS, sets, decides, moving)
+        needed = units_needed(kv, longest, units, room.tokens)
         pool = self._pool
         if pool is None or pool.units != units or len(pool) < needed:
             # Graphs hold the addresses of the old one.
-            self._decoders, self._pool = {}, None
+            self._decoders, self._prefills, self._pool = {}, {}, None
             pool = self._pool = Pool.of(self.model, _rounded(needed), units.coded)
         if bucket not in self._decoders:
             self._decoders[bucket] = Decoder(
-                self.model, pool, self.store, self.ladders, self.run.policy, self.run.plan.settings, bucket
+                self.model, pool, self.store, self.ladders, self.run.policy, plan.settings, bucket
             )  # fmt: skip
-        return self._decoders[bucket]
+        decoder = self._decoders[bucket]
+        if room not in self._workrooms:
+            self._workrooms[room] = Workroom.of(self.model, self.store, plan.settings, room)
+        if (bucket, room) not in self._prefills:
+            self._prefills[bucket, room] = Prefill(
+                self.model, pool, self._workrooms[room], self.ladders, decoder.lanes, plan.settings
+            )  # fmt: skip
+        return decoder, self._prefills[bucket, room]
 
     def _decode(self, decoder: Decoder, rows: int, options: Options) -> Tensor:
         """New tokens [B, columns] of all rows: up to where the last of them ended."""
@@ -186,25 +242,29 @@ class FastPath:
         tokens: Tensor = generated.log[:rows, :columns].clone()
         return tokens
 
-    def _account(self, decoder: Decoder, cache: AdaptiveCache, new: Tensor, options: Options) -> None:
-        """Count what the response read into the stream's sums, as the reference path does: of every row the tokens that
-        went through the model, up to its end."""
+    def _account(self, decoder: Decoder, prompts: Sequence[Prompt], new: Tensor, options: Options) -> None:
+        """Count what was read, as the reference path does: of every row's response the tokens that went through the
+        model, up to its end."""
         ends = torch.tensor(options.ends, dtype=torch.long, device=new.device)
         over = torch.isin(new, ends).cumsum(1) > 0
         fed = (~over[:, :-1]).long().sum(1)
-        stream, steps = cache.stream, torch.arange(new.shape[1] - 1, device=new.device)
-        if stream.static is not None:
-            rungs = torch.tensor(stream.static, device=new.device)[:, None].expand(-1, len(steps))
-        else:
+        steps = torch.arange(new.shape[1] - 1, device=new.device)
+        if decoder.bucket.decides:
             rungs = decoder.rungs[: len(new), : len(steps)].long()
-        counted = (steps < fed[:, None]).double()
-        stream.sums.counts[:, RESPONSE].scatter_add_(1, rungs, counted)
+        else:
+            static = [rung for prompt in prompts for rung in prompt.start]
+            rungs = torch.tensor(static, device=new.device)[:, None].expand(-1, len(steps))
+        streams = [prompt.stream for prompt in prompts]
+        counts, beside = (torch.cat([getattr(own.sums, name) for own in streams]) for name in ("counts", "beside"))
+        counts[:, RESPONSE].scatter_add_(1, rungs, (steps < fed[:, None]).double())
         # Rows that have ended hold the padding that they were fed.
-        lengths = [length + len(steps) for length in cache.lengths]
-        token_bytes = sum(layer.token_bytes for layer in cache.layers)
+        lengths = [count + len(steps) for prompt in prompts for count in prompt.counts]
+        shape = self.model.shape
+        token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * self.model.dtype.itemsize
         assert int(decoder.pool.free.dry) == 0, "a pool has what its rows may need"
-        held = kv_bytes(decoder.buffers.tables, lengths, decoder.pool.units, len(cache.layers))
-        self.run.last = Spent(stream, lengths, token_bytes, held, decoder.pool.nbytes)  # type: ignore[assignment]
+        held = kv_bytes(decoder.lanes.tables, lengths, decoder.pool.units, shape.layers)
+        counted = Counted(counts, beside, [number for own in streams for number in own.adapters])
+        self.run.last = Spent(counted, lengths, token_bytes, held, decoder.pool.nbytes)  # type: ignore[assignment]
 
 
 def _power(count: int) -> int:

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from policy.settings import PAGE_TOKENS
 from runtime.control.signals import distant_attention
 from runtime.engine.buffers import Buffers
+from runtime.engine.lanes import Lanes
 from runtime.engine.model import DOWN, MEMBERS, model_of, why_not
 from runtime.engine.page_pool import Pool
 from runtime.engine.step import Forward
@@ -109,7 +110,7 @@ class Batch:
                     peer.weights[:, length + step, rung] = weight
         self.store = store
         pool = Pool.of(self.model, 2 * len(prompts), coded=False)
-        b = Buffers.of(self.model, pool.units, len(prompts), 2, RANK, 1, splits)
+        b = Buffers.of(self.model, Lanes.of(self.model, pool.units, len(prompts), 2, 1, 0), RANK, 1, splits)
         reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena, self.plain.dtype)
         last = self.model.shape.layers - 1
         self.forward = Forward(

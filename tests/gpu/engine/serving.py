@@ -73,7 +73,7 @@ def asked(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[Tensor, dict[
 
 
 def served(model: PreTrainedModel, plan: RunPlan, lengths: Sequence[int]) -> Serving:
-    """Random prompts of these lengths through the reference path, and a decoder that goes on from there."""
+    """Random prompts of these lengths, and a decoder that goes on from there."""
     ids, given = asked(model, lengths)
     prompts = [own[-length:].cpu() for own, length in zip(ids, lengths, strict=True)]
     with activate(model, plan) as run:
@@ -99,7 +99,7 @@ class State:
 
     def __init__(self, decoder: Decoder) -> None:
         d, controller = decoder, decoder.controller
-        parts = (d.buffers, d.pool, d.generated, d.sampling, d.rungs, d._entropy, d._surprisal, d._scratch)
+        parts = (d.buffers, d.pool, d.generated, d.sampling, d.rungs, d.lanes.entropy, d.lanes.surprisal, d._scratch)
         kept = tensors(*parts, None if controller is None else controller.state)
         self._kept = [(own, own.clone()) for own in kept]
 
@@ -111,8 +111,9 @@ class State:
 def outputs(serving: Serving) -> list[Tensor]:
     """What rows in use show of the latest step, copied: logits, newest tokens, and what the controller hears."""
     d, rows = serving.decoder, serving.rows
-    shown = (d.buffers.logits[:rows], d.generated.tokens[:rows], d._entropy[:rows], d._surprisal[:rows], d.rungs[:rows],
-             d.buffers.rows.weight[:rows])  # fmt: skip
+    own = d.lanes
+    shown = (d.buffers.logits[:rows], own.generated.tokens[:rows], own.entropy[:rows], own.surprisal[:rows],
+             d.rungs[:rows], own.rows.weight[:rows])  # fmt: skip
     return [own.clone() for own in shown]
 
 

@@ -28,7 +28,7 @@ def poison(serving, begun_lengths):
     if b.scratch is not None:
         found += [b.scratch.sums, b.scratch.softmax]
     if not decoder.bucket.decides:
-        found += [b.distant, decoder._entropy, decoder._surprisal]
+        found += [b.distant, decoder.lanes.entropy, decoder.lanes.surprisal]
     for own in found:
         own.fill_(torch.nan)
     pool.memory[:, pool.free.stack[: int(pool.free.top)].long()] = 255

@@ -137,7 +137,7 @@ def test_a_trace_that_switches_at_every_step(llama, ladders, made, device, count
     """Nothing of what was resolved for the step before is read: a trace late by a step gives other tokens."""
     used, rungs, lengths = tuple(ladders[:2]), ladders[0].rungs, LENGTHS[:count]
     ids, options = asked(llama, lengths)
-    steps, settings = NEW_TOKENS - 1, Settings(block_tokens=4)
+    steps, settings = NEW_TOKENS - 1, Settings(prompt_tokens=4)
     start, adapter = torch.tensor((5, 0, 3)[:count]), torch.arange(count) % 2
     operating = Operating.at(torch.arange(count).float(), start, adapter=adapter)
     trace = traced(count, len(rungs), steps)
