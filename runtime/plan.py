@@ -142,6 +142,24 @@ def plan_run(
     return RunPlan(tuple(ladders), checkpoint.policy, checkpoint.settings, operating)
 
 
+def engine_plan(
+    adapters: Sequence[AdapterSource], *, policy: PolicyCheckpoint | None = None, resident_rung: Rung | None = None,
+    model_fingerprint: str | None = None,
+) -> RunPlan:  # fmt: skip
+    """What an engine holds whose requests say themselves what they may spend; the plan's one row means nothing.
+
+    Without a policy every rung in memory can be asked for. Raises ValueError as `plan_run` does.
+    """
+    if policy is None:
+        ladders = [_up_to(open_ladder(source), resident_rung) for source in adapters]
+        settings = _whole_blocks()
+        fixed = FixedPolicy(max((own.rungs for own in ladders), key=len))
+        return RunPlan(tuple(ladders), fixed, settings, Operating.at(0.0, 0))
+    assert model_fingerprint is not None, "a policy is only used with a model at hand"
+    ladders = [ladder_for(policy, source, model_fingerprint, resident_rung) for source in adapters]
+    return RunPlan(tuple(ladders), policy.policy, policy.settings, Operating.at(0.0, 0))
+
+
 def ladder_for(
     checkpoint: PolicyCheckpoint, source: AdapterSource, model_fingerprint: str, resident_rung: Rung | None = None
 ) -> Ladder:
@@ -205,9 +223,13 @@ def static_plan(
         ladders[n].require_resident(j)
     rungs = torch.tensor(index)
     policy = FixedPolicy(max((own.rungs for own in ladders), key=len))
-    settings = Settings(block_tokens=STATIC_BLOCK_TOKENS, fade_tokens=1, kv=FULL_KV)
     operating = Operating.at(rungs.float(), rungs, FULL_KV, torch.tensor(numbers))
-    return RunPlan(tuple(ladders), policy, settings, operating)
+    return RunPlan(tuple(ladders), policy, _whole_blocks(), operating)
+
+
+def _whole_blocks() -> Settings:
+    """Of a run whose rungs never change: texts and prompts in the largest blocks, every page as it is."""
+    return Settings(block_tokens=STATIC_BLOCK_TOKENS, prompt_tokens=STATIC_BLOCK_TOKENS, fade_tokens=1, kv=FULL_KV)
 
 
 def _having(ladder: Ladder, rungs: set[Rung]) -> Ladder:
