@@ -1,6 +1,7 @@
 """A served budget is a promise about bytes, whatever the text: what rows read of their adapter, token by token."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from policy import (
     Settings,
 )
 from runtime import adaptive, build_ladder, generate, load_adapter
-from runtime.control.bucket import SAME_COST, SLACK_TOKENS, Bucket, Offer
+from runtime.control.bucket import SAME_COST, SLACK_TOKENS, Bucket, Offer, affordable, filled, pay
 from runtime.control.record import Keep
 from runtime.control.stream import Stream
 from runtime.fingerprint import model_fingerprint
@@ -193,3 +194,39 @@ def test_a_static_rung_takes_whole_prompts_whatever_the_policys_block(tiny_llama
 def test_a_default_budget_that_pays_for_no_rung_is_refused(make_policy):
     with pytest.raises(ValueError, match=r"default_budget: expected at least 0\.25, which the smallest rung 2 costs"):
         dataclasses.replace(make_policy(FixedPolicy(RUNGS)), default_budget=0.1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_block_that_can_be_paid_for_leaves_what_paying_token_by_token_leaves(seed):
+    """Rungs within the budget, and a few above it that what is left can pay for; buckets full, empty and bottomless."""
+    random = torch.Generator().manual_seed(seed)
+    rows, tokens = 5, 90
+    cost = (0.3 + 0.4 * torch.rand(rows, 4, generator=random, dtype=torch.float64)).sort(1).values
+    cost[:, -1] = 1.0
+    budget = cost[:, 2].clone()
+    budget[4] = math.inf
+    bucket = dataclasses.replace(
+        Bucket.full(budget, cost), balance=64 * budget * torch.tensor([1.0, 0.0, 0.5, 0.01, 1.0])
+    )
+    rung = torch.randint(0, 3, (rows, tokens), generator=random)
+    rung[0, 10:20] = 3  # dearer than the budget, of a full bucket
+    counts = torch.tensor([90, 0, 41, 90, 90])
+    real = torch.arange(tokens) < counts[:, None]
+    positions = torch.arange(tokens).expand(rows, -1)
+    none = torch.zeros(rows, dtype=torch.long)
+    paid, expected = pay(bucket, Offer.of(cost), none, none, rung, real, positions, positions, real, Settings())
+    assert torch.equal(paid[real], rung[real]), "all could be paid for"
+    found = filled(bucket, cost.gather(1, rung), real)
+    torch.testing.assert_close(found.balance, expected.balance, rtol=1e-12, atol=1e-12)
+    assert found.budget is bucket.budget
+    assert found.balance[1] == bucket.balance[1] == 0, "no token, nothing comes in"
+
+
+def test_who_can_pay_for_the_start_rung_for_good():
+    cost = torch.tensor([[0.1, 0.3, 1.0]], dtype=torch.float64)
+    for start, budget, resident, fits in (
+        (1, 0.3, None, True), (1, 0.2, None, False), (2, 0.3, None, False), (2, 0.3, 1, True),
+        (2, math.inf, None, True),
+    ):  # fmt: skip
+        offer = Offer.of(cost, resident=None if resident is None else torch.tensor([resident]))
+        assert affordable(Operating.at(0.0, start, budget=budget), offer) is fits
