@@ -81,11 +81,11 @@ class Operating:
         return Operating(self.knob[at], self.start_rung[at], self.budget[at], self.adapter[at], kv)
 
     def to(self, device: torch.device) -> Operating:
-        """Its tensors on `device`; the KV policy stays on the host."""
-        return replace(
-            self, knob=self.knob.to(device), start_rung=self.start_rung.to(device), budget=self.budget.to(device),
-            adapter=self.adapter.to(device),
-        )  # fmt: skip
+        """Its tensors on `device`; the KV policy stays on the host. Nobody waits for a GPU that they go to."""
+        later = device.type == "cuda"
+        own = (self.knob, self.start_rung, self.budget, self.adapter)
+        knob, start_rung, budget, adapter = (tensor.to(device, non_blocking=later) for tensor in own)
+        return replace(self, knob=knob, start_rung=start_rung, budget=budget, adapter=adapter)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,10 @@ class Offer:
         return Offer(self.cost[at], self.bank[at], self.resident[at])
 
     def to(self, device: torch.device) -> Offer:
-        return Offer(self.cost.to(device), self.bank.to(device), self.resident.to(device))
+        """On `device`; nobody waits for a GPU."""
+        later = device.type == "cuda"
+        cost, bank, resident = (own.to(device, non_blocking=later) for own in (self.cost, self.bank, self.resident))
+        return Offer(cost, bank, resident)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 from policy.contract import Decision, RankPolicy, Summary
 from policy.settings import SIGNALS, Settings
 
+from ..sending import to_device
 from .bucket import Offer, filled, pay
 from .known import (
     at_end,
@@ -57,8 +58,8 @@ class Constants:
     @classmethod
     def of(cls, settings: Settings, limited: bool, partial: bool, device: torch.device) -> Constants:
         chunk = settings.chunk
-        weights = torch.tensor([chunk.weights[name] for name in SIGNALS], device=device)
-        return cls(weights, torch.tensor(chunk.thresholds, device=device), limited, partial)
+        weights = torch.tensor([chunk.weights[name] for name in SIGNALS])
+        return cls(to_device(weights, device), to_device(torch.tensor(chunk.thresholds), device), limited, partial)
 
 
 @dataclass(frozen=True)

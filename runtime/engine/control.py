@@ -29,8 +29,8 @@ from ..control.stream import Stream
 from ..ops.control import decide_kernel
 from ..ops.launch import dependent
 from ..ops.resolve import Rows
+from ..sending import to_device
 from .network import Network
-from .sending import to_device
 
 MOST_HIDDEN = 128
 MOST_RUNGS = 64

@@ -18,8 +18,8 @@ import triton
 from ..ops.prompt.dense import unpack_layers
 from ..ops.prompt.matrices import Factors
 from ..ops.resolve import Rows, reads_for, resolve
+from ..sending import put
 from .model import DOWN, GATE_UP, MEMBERS, OUT, QKV, Model, block_columns
-from .sending import put
 from .store import AdapterStore
 
 Key = tuple[int, int]

@@ -20,8 +20,8 @@ from policy.settings import PAGE_ACTIONS, PAGE_TOKENS
 from ..kv.formats import FORMATS, FULL, INT4, INT8
 from ..kv.units import CODED, Units, pages_for
 from ..ops.pages import FreeUnits, PagePolicy, PageTables, Turned
+from ..sending import to_device
 from .model import Model
-from .sending import to_device
 
 _BEYOND = 3
 """Pages in the model's dtype beside sinks and window: one that the window begins in, one that the newest token is in,

@@ -28,6 +28,7 @@ from ..ops.pages import Turned, claim
 from ..ops.prompt.settling import give_back, settle_pages
 from ..ops.prompt.tiles import FIELDS, Part, tiles_of
 from ..ops.quantise import quantise_turned
+from ..sending import put, to_device
 from .control import Ladders
 from .graph import Graph
 from .lanes import Lanes
@@ -35,7 +36,6 @@ from .loaded import Key, Loaded
 from .model import Model
 from .page_pool import Pool, set_policy
 from .prompt_pass import PassBuffers, PromptPass, Room
-from .sending import put, to_device
 from .store import AdapterStore
 
 

@@ -35,6 +35,7 @@ from ..kv.units import pages_for
 from ..loading import context_limit, require_plain
 from ..ops.pages import leave
 from ..plan import AdapterSource, engine_plan
+from ..sending import to_device
 from . import control
 from . import model as engine_model
 from .bank import held
@@ -45,7 +46,6 @@ from .prompt_pass import Room
 from .prompts import Prefill, Prompt, Workroom
 from .request import CANCELLED, END, LENGTH, STOP, Answer, News, Request, check_operating, pages_why_not
 from .scheduler import Account, Queue, Seat, most_units, pool_units
-from .sending import to_device
 from .text import Text
 
 ROWS, PART_TOKENS, PARTS, CONTEXT = 64, 512, 4, 4096
