@@ -107,20 +107,24 @@ def test_factors_are_unpacked_once_for_all_blocks_of_a_prompt(llama, ladders, le
     assert answer("a", 0.6, 2) == SITES, "there was room for one set"
 
 
-def test_a_start_rung_that_cannot_be_paid_for_moves_within_the_prompt(llama, ladders, learned):
+def test_a_start_rung_that_cannot_be_paid_for_moves_within_the_prompt(llama, ladders, learned, seen):
     """From token to token, in a row beside one that stays."""
+    _, logits, _ = seen
     ids, mask = (own.to(llama.device) for own in tiny.prompts(11, 6, seed=5))
     spent = Operating.at(
         torch.tensor([-4.0, -1.0]), torch.tensor([4, 1]), learned.settings.kv, torch.tensor([1, 0]),
         torch.tensor([0.04, float("inf")]),
     )  # fmt: skip
-    found = []
-    for fast in (True, False):
-        with adaptive(llama, list(ladders), policy=learned, budget=[0.6, 0.6], fast=fast) as run:
-            run.plan = replace(run.plan, operating=spent)
-            tokens = llama.generate(ids, **tiny.GREEDY, attention_mask=mask, max_new_tokens=2)
-            found.append((tokens.tolist(), run.last.stream.sums.counts.tolist()))
-    assert found[0] == found[1]
-    prompts = torch.tensor(found[0][1])[:, 0]
-    assert (prompts > 0).sum(1).tolist()[1] == 1
-    assert (prompts > 0).sum(1).tolist()[0] > 1, "the first row has left its start rung"
+    options = tiny.GREEDY | {"attention_mask": mask, "max_new_tokens": 2}
+    with adaptive(llama, list(ladders), policy=learned, budget=[0.6, 0.6], fast=True) as run:
+        run.plan = replace(run.plan, operating=spent)
+        tokens, counts = llama.generate(ids, **options), run.last.stream.sums.counts
+    with adaptive(llama, list(ladders), policy=learned, budget=[0.6, 0.6], fast=False) as run:
+        run.plan = replace(run.plan, operating=spent)
+        expected = llama.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
+        assert torch.equal(counts, run.last.stream.sums.counts)
+    assert torch.equal(tokens, expected.sequences)
+    torch.testing.assert_close(torch.stack(logits), expected.logits[0], atol=2e-5, rtol=1e-4)
+    rungs = (counts[:, 0] > 0).sum(1)
+    assert rungs[0] > 1, "the first row has left its start rung"
+    assert rungs[1] == 1

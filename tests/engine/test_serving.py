@@ -81,7 +81,7 @@ def test_requests_that_join_are_answered_as_alone(llama, ladders, learned, monke
         run(self, ends)
 
     monkeypatch.setattr(Prefill, "run", cut)
-    engine = Engine(llama, dict(zip("ab", ladders, strict=True)), policy=policy, rows=3, context=64, part_tokens=32)
+    engine = Engine(llama, dict(zip("ab", ladders, strict=True)), policy=policy, rows=3, context=64, part_tokens=24)
     asked = [(46, "a", 0.3, 6), (33, "b", 0.9, 8), (5, "a", 1.0, 3), (17, "b", 0.6, 4), (3, "a", 0.6, 1)]
     requests = [
         Request(prompt_of(length, seed), engine.operating(name, budget=budget), max_new_tokens=new)

@@ -6,7 +6,7 @@
 A program has one token and goes through its logits once, a block at a time. Every lane keeps sums of its own: the
 largest logit that it has met, and of all that it has met sum 2^below and sum below 2^below, where below, in bits, is
 how far they lie under that. So nobody waits for others before the end. Distances are taken between logits as the head
-put them out, and scaled then: what is huge does not overflow, and of numbers of few bits the difference is exact.
+put them out, and scaled then: what is huge does not overflow, and numbers of few bits lose next to nothing.
 
 Shape legend: T tokens, N tiles, V vocabulary. In kernels: LANES, each with WIDE logits of a block.
 """
