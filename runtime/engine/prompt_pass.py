@@ -62,9 +62,13 @@ class Room:
         """T of all passes."""
         return sorted({self.size(tokens) for tokens in range(1, self.tokens + 1)})
 
-    def tiles(self, tokens: int) -> int:
-        """Tiles that a pass of T = `tokens` has at most."""
-        return tokens if self.moves else tiles_for(tokens, min(self.parts, tokens))
+    def rows(self, parts: int) -> int:
+        """What passes of so many rows have tiles for: a power of two, so that they are few."""
+        return min(self.parts, 1 << (parts - 1).bit_length())
+
+    def tiles(self, tokens: int, parts: int) -> int:
+        """Tiles that a pass of T = `tokens` of so many rows has at most."""
+        return tokens if self.moves else tiles_for(tokens, min(parts, tokens))
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ class PassBuffers:
         attended, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
         shrinks = [(len(own.outputs), own.inputs) for own in sites_of(model).values()]
         scratches = [
-            ShrinkScratch.of(size, room.tiles(size), shrinks, directions, dtype, device) for size in room.sizes()
+            ShrinkScratch.of(size, room.tiles(size, room.parts), shrinks, directions, dtype, device)
+            for size in room.sizes()
         ]
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,7 +128,7 @@ class PassBuffers:
 
         return cls(
             tokens=zeros(count, dtype=torch.long),
-            tiles=zeros(room.tiles(count), FIELDS, dtype=torch.int32),
+            tiles=zeros(room.tiles(count, room.parts), FIELDS, dtype=torch.int32),
             weights=zeros(count),
             last=zeros(room.parts, dtype=torch.long),
             r=zeros(count, s.hidden),
@@ -171,11 +176,11 @@ class PromptPass:
     @classmethod
     def of(
         cls, model: Model, loaded: Loaded | None, pool: Pool, tables: PageTables, buffers: PassBuffers, room: Room,
-        tokens: int, layers_heard: int, recent_pages: int,
+        tokens: int, parts: int, layers_heard: int, recent_pages: int,
     ) -> PromptPass:  # fmt: skip
-        """A pass of `tokens` tokens, no more than `buffers` are for."""
+        """A pass of `tokens` tokens of up to `parts` rows, no more than `buffers` are for."""
         probes = probed_layers(model.shape.layers, layers_heard) if room.listens else ()
-        tiles, beside = buffers.tiles[: room.tiles(tokens)], Branches(model.device, 2)
+        tiles, beside = buffers.tiles[: room.tiles(tokens, parts)], Branches(model.device, 2)
         return cls(
             model, loaded, pool, tables, buffers, beside, tokens, tiles, probes, recent_pages, room.listens
         )  # fmt: skip

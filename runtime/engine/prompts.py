@@ -141,7 +141,8 @@ class Prefill:
         self.buffers, self._loaded = workroom.buffers, workroom.loaded
         self._ladders, self._lanes = ladders, lanes
         self.tables = replace(lanes.tables, lengths=torch.zeros_like(lanes.tables.lengths))
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        """By tokens and rows of a pass"""
         entries = pages_for(self.room.tokens) + self.room.parts
         self._settled = Turned.of(entries, pool.units, model.device)
 
@@ -149,7 +150,8 @@ class Prefill:
     def capture(self) -> None:
         """Make the graphs of all passes, of which each else is made when it is first needed."""
         for size in self.room.sizes():
-            self._graph(size)
+            for parts in {self.room.rows(parts) for parts in range(1, self.room.parts + 1)}:
+                self._graph(size, parts)
 
     def begin(self, prompt: Prompt) -> None:
         """Nothing of the rows' pages is there yet, and none is judged."""
@@ -176,7 +178,7 @@ class Prefill:
         rows = to_device(torch.tensor([own.prompt.first + own.row for own in taken], dtype=torch.int32), b.tiles.device)
         lengths = torch.tensor([own.done + own.tokens for own in taken], dtype=torch.int32)
         claim(self.tables, self.pool.free, rows, to_device(lengths, b.tiles.device))
-        self._graph(total).replay()
+        self._graph(total, len(taken)).replay()
         self._take_in(ends, taken)
         if self.pool.units.coded:
             settle_pages(self.tables, self.pool.free, self._lanes.kept, rows, self._settled)
@@ -218,21 +220,21 @@ class Prefill:
                 yield Part(own.prompt.first + own.row, position, count, factors)
                 position += count
 
-    def _graph(self, tokens: int) -> Graph:
-        """The pass of so many tokens, or a few more."""
-        size = self.room.size(tokens)
-        if size not in self._graphs:
+    def _graph(self, tokens: int, parts: int) -> Graph:
+        """The pass of so many tokens and rows, or a few more."""
+        key = self.room.size(tokens), self.room.rows(parts)
+        if key not in self._graphs:
             signals = self.settings.signals
             made = PromptPass.of(
-                self.model, self._loaded, self.pool, self.tables, self.buffers, self.room, size,
+                self.model, self._loaded, self.pool, self.tables, self.buffers, self.room, *key,
                 signals.attention_layers, signals.recent_pages,
             )  # fmt: skip
             # Captured by running it, on no tokens.
             tiles = self.buffers.tiles.clone()
             self.buffers.tiles.zero_()
-            self._graphs[size] = Graph(made, self.model.device)
+            self._graphs[key] = Graph(made, self.model.device)
             self.buffers.tiles.copy_(tiles)
-        return self._graphs[size]
+        return self._graphs[key]
 
     def _take_in(self, ends: Sequence[tuple[Prompt, int]], taken: Sequence[Taken]) -> None:
         """What the model has put out: logits behind prompts, and signals."""

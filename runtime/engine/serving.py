@@ -121,7 +121,7 @@ class Engine:
                 within=self._decoders[0] if self._decoders else None,
             )  # fmt: skip
             self._decoders.append(own)
-        self._wide = self._decoders[0]
+        self._wide = self._latest = self._decoders[0]
         self._prefill = Prefill(self.model, self.pool, workroom, self.ladders, self._wide.lanes, plan.settings)
         self._prefill.capture()
         self._account = Account(len(self.pool))
@@ -150,8 +150,7 @@ class Engine:
             raise ValueError(
                 f"adapter: expected one of {', '.join(self.names)}, got {adapter!r}; load it, or correct it"
             )
-        number = self.names[adapter]
-        ladder = self.plan.ladders[number]
+        number, ladder = self.names[adapter], self.plan.ladders[self.names[adapter]]
         highest = ladder.rungs[ladder.highest]
         if budget == 1 and highest != ladder.rungs[-1]:
             raise ValueError(
@@ -187,9 +186,7 @@ class Engine:
             raise ValueError(f"request.prompt: expected token ids below {vocabulary}, got others; use the model's own")
         if request.stop and self.tokenizer is None:
             raise ValueError("request.stop: expected an engine with a tokenizer, got one without; pass it")
-        check_operating(
-            request.operating, self.plan, self._offer, self.model, self.pool.units, decides=self.decides
-        )  # fmt: skip
+        check_operating(request.operating, self.plan, self._offer, self.model, self.pool.units, decides=self.decides)
         answer = Answer(request, self._count)
         needed = most_units(answer, self.pool.units, self._prefill.room.tokens)
         if needed > len(self.pool):
@@ -214,8 +211,7 @@ class Engine:
             for seat, _ in chosen:
                 if seat in self._seats and seat.chosen == seat.answer.request.max_new_tokens:
                     self._vacate(seat)
-        keep = 1 if chosen or self._prompts else 0
-        while len(self._notes) > keep:
+        while len(self._notes) > (1 if chosen or self._prompts else 0):
             self._read()
         said, self._said = self._said, []
         return said
@@ -310,7 +306,13 @@ class Engine:
             return []
         self._account.take(self._step_units())
         most = max(seat.row for seat in self._seats)
-        next(own for own in reversed(self._decoders) if own.bucket.rows > most).run()
+        own = next(own for own in reversed(self._decoders) if own.bucket.rows > most)
+        if own is not self._latest:
+            # What its next decision is made by: the attention of a row's latest token is where that was processed.
+            before, self._latest = self._latest, own
+            rows = min(before.bucket.rows, own.bucket.rows)
+            own.buffers.distant[:, :rows].copy_(before.buffers.distant[:, :rows])
+        own.run()
         chosen = [(seat, seat.chosen) for seat in self._seats]
         for seat in self._seats:
             seat.stepped()

@@ -23,6 +23,12 @@ SITES = 4
 
 
 @pytest.fixture
+def blockwise(learned):
+    """The learned policy, with prompts in blocks of four tokens."""
+    return replace(learned, settings=replace(learned.settings, prompt_tokens=4))
+
+
+@pytest.fixture
 def seen(monkeypatch):
     """Tokens of every row in every pass, logits [V] behind every prompt, and each time that factors were unpacked."""
     passes, logits, unpacked = [], [], []
@@ -90,10 +96,10 @@ def test_a_long_prompt_in_pieces_is_the_whole(llama, ladders, seen):
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
-def test_factors_are_unpacked_once_for_all_blocks_of_a_prompt(llama, ladders, learned, seen):
+def test_factors_are_unpacked_once_for_all_blocks_of_a_prompt(llama, ladders, blockwise, seen):
     """And again only when others have taken their place."""
     passes, _, unpacked = seen
-    engine = Engine(llama, dict(zip("ab", ladders, strict=True)), policy=learned, rows=1, context=20, part_tokens=4)
+    engine = Engine(llama, dict(zip("ab", ladders, strict=True)), policy=blockwise, rows=1, context=20, part_tokens=4)
 
     def answer(name, budget, length):
         unpacked.clear()
@@ -107,19 +113,19 @@ def test_factors_are_unpacked_once_for_all_blocks_of_a_prompt(llama, ladders, le
     assert answer("a", 0.6, 2) == SITES, "there was room for one set"
 
 
-def test_a_start_rung_that_cannot_be_paid_for_moves_within_the_prompt(llama, ladders, learned, seen):
-    """From token to token, in a row beside one that stays."""
+def test_a_start_rung_that_cannot_be_paid_for_moves_within_the_prompt(llama, ladders, blockwise, seen):
+    """Between tokens of its last block, in a row beside one that stays."""
     _, logits, _ = seen
     ids, mask = (own.to(llama.device) for own in tiny.prompts(11, 6, seed=5))
     spent = Operating.at(
-        torch.tensor([-4.0, -1.0]), torch.tensor([4, 1]), learned.settings.kv, torch.tensor([1, 0]),
-        torch.tensor([0.04, float("inf")]),
+        torch.tensor([-4.0, -1.0]), torch.tensor([4, 1]), blockwise.settings.kv, torch.tensor([1, 0]),
+        torch.tensor([0.066, float("inf")]),
     )  # fmt: skip
     options = tiny.GREEDY | {"attention_mask": mask, "max_new_tokens": 2}
-    with adaptive(llama, list(ladders), policy=learned, budget=[0.6, 0.6], fast=True) as run:
+    with adaptive(llama, list(ladders), policy=blockwise, budget=[0.6, 0.6], fast=True) as run:
         run.plan = replace(run.plan, operating=spent)
         tokens, counts = llama.generate(ids, **options), run.last.stream.sums.counts
-    with adaptive(llama, list(ladders), policy=learned, budget=[0.6, 0.6], fast=False) as run:
+    with adaptive(llama, list(ladders), policy=blockwise, budget=[0.6, 0.6], fast=False) as run:
         run.plan = replace(run.plan, operating=spent)
         expected = llama.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
         assert torch.equal(counts, run.last.stream.sums.counts)

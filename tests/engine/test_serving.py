@@ -20,6 +20,7 @@ from runtime.engine.model import model_of
 from runtime.engine.page_pool import units_of
 from runtime.engine.prompts import Prefill
 from runtime.engine.request import CANCELLED, END, LENGTH, STOP, Request
+from runtime.engine.scheduler import Seat
 from runtime.engine.serving import Engine
 from runtime.kv.formats import FORMATS, FULL
 from runtime.ops.reference.sampling import Sampling
@@ -419,3 +420,25 @@ def test_what_may_be_spent_is_what_the_policy_says(llama, ladders, learned):
         assert found.kv.is_full == (budget == 1.0)
     kv = KVSettings("int8", "int4", window_tokens=33)
     assert torch.equal(engine.operating("a", kv=kv).kv.window_tokens, KVRows.of([kv]).window_tokens)
+
+
+def test_what_a_bucket_hands_to_another(llama, ladders, learned, monkeypatch):
+    """A row's next decision is made by the attention of its latest token, whichever bucket that was processed in."""
+    engine = Engine(llama, {"a": ladders[0]}, policy=learned, rows=5, context=20)
+    buckets = {own.bucket.rows: own for own in engine._decoders}
+    assert sorted(buckets) == [1, 4, 5]
+    for own in engine._decoders:
+        own.buffers.distant.fill_(torch.nan)
+        monkeypatch.setattr(own, "run", lambda own=own: ran.append(own))
+    ran, expected = [], torch.rand_like(buckets[5].buffers.distant)
+    buckets[5].buffers.distant.copy_(expected)
+    answer = engine.add(Request([3], engine.operating("a"), max_new_tokens=1))
+    for most in (5, 4, 4, 1, 5, 1, 4):
+        engine._seats = [Seat(answer, row, engine.pool.units, length=5) for row in range(most)]
+        before = ran[-1] if ran else engine._wide
+        engine._decode()
+        assert ran[-1] is buckets[most]
+        common = min(before.bucket.rows, most)
+        assert torch.equal(buckets[most].buffers.distant[:, :common], expected[:, :common])
+        expected = torch.rand_like(buckets[most].buffers.distant)
+        buckets[most].buffers.distant.copy_(expected)

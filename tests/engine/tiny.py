@@ -56,7 +56,7 @@ def checkpoint(of: PreTrainedModel, own: Ladder, **settings) -> PolicyCheckpoint
             policy.damage_unit.fill_(0.05)
     prints = Fingerprints(model=model_fingerprint(of), adapter=own.adapter, ladder=own.fingerprint, shared=True)
     signals = SignalSettings(novelty_window_tokens=8, recent_pages=1)
-    chosen = Settings(block_tokens=4, prompt_tokens=4, signals=signals, **settings)
+    chosen = Settings(block_tokens=4, prompt_tokens=16, signals=signals, **settings)
     return PolicyCheckpoint(policy, chosen, KnobCurve(BUDGETS, (-1.5, -2.5, -4.0)), tuple(cost.tolist()), prints, 0.6)
 
 
