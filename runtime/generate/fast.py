@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from policy.operating import Operating
-from policy.settings import PAGE_TOKENS
 
 from ..control.bucket import affordable
 from ..control.record import RESPONSE
@@ -23,10 +22,11 @@ from ..engine import control
 from ..engine import model as engine_model
 from ..engine.bank import held
 from ..engine.decoder import Begin, Bucket, Decoder
-from ..engine.model import Model, model_of
+from ..engine.model import model_of
 from ..engine.page_pool import Pool, kv_bytes, units_needed, units_of
 from ..engine.prompt_pass import Room
 from ..engine.prompts import Prefill, Prompt, Workroom
+from ..engine.request import pages_why_not
 from ..kv.units import pages_for
 from ..plan import RunPlan
 from ..reference.adaptive import AdaptiveRun, end_tokens, generation_option
@@ -43,28 +43,12 @@ def why_not(model: PreTrainedModel, plan: RunPlan) -> str | None:
     if reason is not None:
         return f"of the policy: {reason}"
     own = model_of(model, 1)
-    reason = _pages_why_not(own, plan)
+    reason = pages_why_not(plan.operating.kv, own, plan.settings)
     if reason is not None:
         return reason
     known = own.modules()
     other = next((name for ladder in plan.ladders for name in ladder.modules if name not in known), None)
     return None if other is None else f"an adapter adapts {other}, which is no linear of a layer"
-
-
-def _pages_why_not(model: Model, plan: RunPlan) -> str | None:
-    """Why the engine cannot keep the pages of a run, as a clause; None where it can."""
-    kv = plan.operating.kv
-    if kv.is_full:
-        return None
-    if kv.may_be_sparse:
-        return "its KV policy makes pages sparse"
-    if any(layer.window for layer in model.layers):
-        return "its KV policy codes pages, and layers of the model see a window of the text"
-    least = PAGE_TOKENS * max(1, plan.settings.signals.recent_pages - 1)
-    shortest = int(kv.window_tokens.min())
-    if shortest < least:
-        return f"its KV policy keeps a window of {shortest} tokens, and attention is listened to over {least}"
-    return None
 
 
 PASS_TOKENS, PASS_ROWS, PASS_SETS = 2048, 16, 4
