@@ -46,6 +46,7 @@ from runtime.ops.pages import leave
 from .decode import gate
 from .fused import fuse
 from .ladders import MIX, RANK, random_ladder
+from .peers import ms_per_step
 from .printing import (
     commit,
     default_device,
@@ -121,23 +122,21 @@ class PromptBench:
         prefill = Prefill(self.model, pool, workroom, ladders, lanes, settings)
 
         @torch.no_grad()
-        def run(count: int) -> float:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize(device)
-            begin.record()
-            for _ in range(count):
-                stream = Stream(settings, policy, operating, self._offer, device)
-                prompt = Prompt(0, [self.ids], stream, operating, self._offer, [0], blocks=block, device=device)
-                leave(prefill.tables, pool.free, lanes.turned, row)
-                prefill.begin(prompt)
-                while not prompt.over:
-                    prefill.run([(prompt, prompt.upto(room.tokens))])
-            end.record()
-            end.synchronize()
-            if prompt.logits is None or not bool(prompt.logits.isfinite().all()) or int(pool.free.dry):
-                raise ValueError(f"{case.name}: expected finite logits and pages for all, got others; mend that first")
-            return begin.elapsed_time(end) / count
+        def once() -> Prompt:
+            stream = Stream(settings, policy, operating, self._offer, device)
+            prompt = Prompt(0, [self.ids], stream, operating, self._offer, [0], blocks=block, device=device)
+            leave(prefill.tables, pool.free, lanes.turned, row)
+            prefill.begin(prompt)
+            while not prompt.over:
+                prefill.run([(prompt, prompt.upto(room.tokens))])
+            return prompt
 
+        def run(count: int) -> float:
+            return ms_per_step(once, count, device)
+
+        logits = once().logits
+        if logits is None or not bool(logits.isfinite().all()) or int(pool.free.dry):
+            raise ValueError(f"{case.name}: expected finite logits and pages for all, got others; mend that first")
         run(WARM_UPS)
         return run
 
@@ -174,30 +173,20 @@ class PromptBench:
 def product_speed(device: torch.device) -> float:
     """Operations a second of a large bfloat16 product, the best of several."""
     a, b = (torch.randn(SIDE, SIDE, device=device).bfloat16() for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end))
+    best = min(ms_per_step(lambda: a @ b, 1, device) for _ in range(10))
     return 2 * SIDE**3 / best * 1000
 
 
+@torch.no_grad()
 def transformers_ms(bench: PromptBench, repeats: int) -> dict[str, float]:
     """What transformers takes for the same prompt, without an adapter: its own forward with SDPA and a cache."""
     ids = torch.tensor([bench.ids], device=bench.model.device)
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            bench.hf(ids, use_cache=True, logits_to_keep=1)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return spread(times[1:])
+
+    def once() -> None:
+        bench.hf(ids, use_cache=True, logits_to_keep=1)
+
+    once()
+    return spread([ms_per_step(once, 1, bench.model.device) for _ in range(repeats)])
 
 
 def arguments() -> argparse.Namespace:

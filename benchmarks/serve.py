@@ -29,6 +29,7 @@ from policy.learned import LearnedPolicy
 from policy.limits import Whole
 from policy.settings import KVSettings, Settings
 from runtime.command import one_line_errors
+from runtime.engine.model import model_of
 from runtime.engine.request import Answer, Request
 from runtime.engine.serving import Engine
 from runtime.fingerprint import model_fingerprint
@@ -161,8 +162,6 @@ def gate(device: torch.device) -> str:
 
 def random_ladder_of(model: PreTrainedModel) -> Ladder:
     """A random ladder of all linears of a model."""
-    from runtime.engine.model import model_of
-
     own = model_of(model, 1)
     return random_ladder(own.modules(), own.dtype, own.device)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .locate import is_hub_id
@@ -185,3 +186,18 @@ def _require(name: str | Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def generation_option(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """An option as transformers settles it: the call's own, its `generation_config`'s, the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    given = getattr(kwargs.get("generation_config"), name, None)
+    return given if given is not None else getattr(model.generation_config, name, None)
+
+
+def end_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[int]:
+    """The end-of-sequence tokens that this call of `generate` stops at."""
+    ends = generation_option(model, kwargs, "eos_token_id")
+    ends = ends.tolist() if isinstance(ends, Tensor) else ends
+    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list | tuple) else [ends])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ class RunPlan:
         """The ladder of a run with one adapter."""
         assert len(self.ladders) == 1, "a run with several adapters has several ladders"
         return self.ladders[0]
+
+    def policy_on(self, device: torch.device) -> RankPolicy:
+        """A copy of the policy that decides on `device`: the caller's stays where it is, and in its mode."""
+        return copy.deepcopy(self.policy).to(device).eval()
 
     def rung_rank(self) -> Tensor:
         """[A, J] equivalent rank of every ladder's rungs; where a ladder has fewer, its top rung again."""

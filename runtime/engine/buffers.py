@@ -62,7 +62,7 @@ class Buffers:
     """[probes, B, H] float32: attention mass beyond the recent pages in the layers that are listened to"""
 
     @classmethod
-    def of(cls, model: Model, lanes: Lanes, directions: int, probes: int, splits: int) -> Buffers:
+    def of(cls, model: Model, lanes: Lanes, directions: int, splits: int) -> Buffers:
         """For the rows of `lanes`, adapters of up to `directions` directions."""
         s, device, dtype, rows = model.shape, model.device, model.dtype, len(lanes)
         attended = s.heads * s.head_dim
@@ -89,7 +89,7 @@ class Buffers:
             inner=zeros(rows, s.inner, dtype=dtype),
             logits=zeros(rows, s.vocabulary),
             scratch=AttentionScratch.of(rows, s.heads, s.head_dim, splits, device) if splits > 1 else None,
-            distant=zeros(max(probes, 1), rows, s.heads),
+            distant=lanes.distant,
         )  # fmt: skip
 
     def norm(self, eps: float) -> Norm:

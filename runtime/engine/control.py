@@ -240,12 +240,15 @@ class Controller:
         the policy nor what pages are judged by looks at attention.
         """
         own, rows, ladders, network = self.state, self.rows, self.ladders, self._network
-        probes, heads = (0, 1) if distant is None else (distant.shape[0], distant.shape[2])
+        probes, heads, apart = 0, 1, 0
+        if distant is not None:  # the first rows of more
+            probes, _, heads = distant.shape
+            apart = distant.stride(0) // heads
         assert distant is not None or not self._hears_attention, "who looks at attention is given it"
         traced = self.log if self.trace is None else self.trace
         pages = None if self.complexity is None else self.complexity.shape[1]
         decide_kernel[(len(rows.slot),)](
-            tokens, entropy, surprisal, distant, rows.slot, rows.rung, rows.weight,
+            tokens, entropy, surprisal, distant, apart, rows.slot, rows.rung, rows.weight,
             *(getattr(own, field.name) for field in fields(own)), ladders.token, ladders.pair, ladders.scale,
             network.columns, network.normal, network.first, network.second, network.biases, network.heads,
             network.by_rung, self.complexity, self._shares, pages,

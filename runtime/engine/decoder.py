@@ -111,11 +111,11 @@ class Decoder:
         splits = splits_for(rows, model.shape.kv_heads, bucket.pages, pool.units.coded)
         directions = 1 if store is None else store.directions
         if within is None:
-            lanes = Lanes.of(model, pool.units, rows, bucket.pages, bucket.steps, bucket.ends)
+            lanes = Lanes.of(model, pool.units, rows, bucket.pages, bucket.steps, bucket.ends, len(probes))
         else:
             lanes = within.lanes.part(0, rows)
         self.lanes: Lanes = lanes
-        self.buffers = Buffers.of(model, lanes, directions, len(probes), splits)
+        self.buffers = Buffers.of(model, lanes, directions, splits)
         self.generated, self.sampling, self.rungs = lanes.generated, lanes.sampling, lanes.rungs
         self.controller: Controller | None = None
         if store is not None and ladders is not None:

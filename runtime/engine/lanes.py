@@ -3,7 +3,7 @@
 Graphs of several batch buckets share them: a smaller one works on the first rows. What a step only passes from kernel
 to kernel is `buffers`.
 
-Shape legend: B rows, N steps at most.
+Shape legend: B rows, N steps at most, H query heads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True)
 class Lanes:
-    """B rows; every tensor of them has one axis of rows, the first."""
+    """B rows; every tensor of them has one axis of rows, the first but for `distant`."""
 
     rows: Rows
     """What they read of which ladder"""
@@ -44,10 +44,14 @@ class Lanes:
     """[B] float32 at the newest token"""
     surprisal: Tensor
     """[B] float32 of it"""
+    distant: Tensor
+    """[probes, B, H] float32: attention mass of the newest token beyond the recent pages, in layers that are listened
+    to"""
 
     @classmethod
-    def of(cls, model: Model, units: Units, rows: int, pages: int, steps: int, ends: int) -> Lanes:
-        """Rows that are not in use, of up to `pages` pages; `ends` tokens end a row."""
+    def of(cls, model: Model, units: Units, rows: int, pages: int, steps: int, ends: int, probes: int = 1) -> Lanes:
+        """Rows that are not in use, of up to `pages` pages; `ends` tokens end a row, `probes` layers are listened
+        to."""
         device = model.device
         whole = torch.zeros(rows, dtype=torch.int32, device=device)
         made = Generated.of(rows, model.shape.vocabulary, steps, torch.zeros(ends, dtype=torch.long, device=device))
@@ -57,6 +61,7 @@ class Lanes:
             Rows(whole - 1, whole.clone(), amount.clone()), PageTables.of(rows, pages, units, device),
             Turned.of(rows, units, device), PagePolicy.of(rows, pages, device), made, SamplingRows.of(rows, device),
             torch.zeros(rows, steps, dtype=torch.int16, device=device), amount.clone(), amount.clone(),
+            torch.zeros(max(probes, 1), rows, model.shape.heads, device=device),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -64,8 +69,10 @@ class Lanes:
 
     def part(self, first: int, count: int) -> Lanes:
         """Rows `first` and on, as views."""
-        some = over_rows(lambda own: own[first : first + count], self)
-        return replace(some, generated=replace(some.generated, ends=self.generated.ends))
+        rows = slice(first, first + count)
+        some = over_rows(lambda own: own[rows], self)
+        generated = replace(some.generated, ends=self.generated.ends)
+        return replace(some, generated=generated, distant=self.distant[:, rows])
 
 
 def over_rows(function: Callable[[Tensor], Tensor], record: _Record) -> _Record:

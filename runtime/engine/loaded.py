@@ -53,7 +53,7 @@ def sites_of(model: Model) -> dict[int, Site]:
 
 
 class Loaded:
-    """Room for S sets of factors, and which ones they are."""
+    """Room for S sets of factors, and which ones they are, as long as ladders stay in their slots."""
 
     def __init__(self, model: Model, store: AdapterStore, sets: int) -> None:
         self._store, self._sites = store, sites_of(model)
@@ -84,10 +84,6 @@ class Loaded:
     def __len__(self) -> int:
         return len(self._keys)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(own.nbytes for own in (*self._a.values(), *self._b.values()))
-
     def numbers(self, keys: Sequence[Key]) -> dict[Key, int]:
         """The number of every set asked for, no more than there is room for; what is not there yet takes the place of
         others."""
@@ -103,10 +99,6 @@ class Loaded:
                 there[key] = number
             self._unpack(fresh)
         return there
-
-    def forget(self) -> None:
-        """Nothing is there: what lies in some slot is another adapter now."""
-        self._keys = [None] * len(self)
 
     def factors(self, layer: int, first: int) -> Factors:
         """Those of a layer's site."""

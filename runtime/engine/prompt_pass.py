@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import triton
 from torch import Tensor
 
 from ..ops.norm import Norm
@@ -55,7 +56,7 @@ class Room:
 
     def size(self, tokens: int) -> int:
         """T of the smallest pass that has room for so many tokens."""
-        whole = -(-tokens // STEP) * STEP if tokens > STEP else max(SMALLEST, 1 << (tokens - 1).bit_length())
+        whole = triton.cdiv(tokens, STEP) * STEP if tokens > STEP else max(SMALLEST, triton.next_power_of_2(tokens))
         return min(self.tokens, whole)
 
     def sizes(self) -> list[int]:
@@ -64,7 +65,7 @@ class Room:
 
     def rows(self, parts: int) -> int:
         """What passes of so many rows have tiles for: a power of two, so that they are few."""
-        return min(self.parts, 1 << (parts - 1).bit_length())
+        return min(self.parts, triton.next_power_of_2(parts))
 
     def tiles(self, tokens: int, parts: int) -> int:
         """Tiles that a pass of T = `tokens` of so many rows has at most."""

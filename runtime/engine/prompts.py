@@ -30,6 +30,7 @@ from ..ops.prompt.tiles import FIELDS, Part, tiles_of
 from ..ops.quantise import quantise_turned
 from ..sending import put, to_device
 from .control import Ladders
+from .decoder import probed_layers
 from .graph import Graph
 from .lanes import Lanes
 from .loaded import Key, Loaded
@@ -58,6 +59,8 @@ class Prompt:
         """[n, longest] long, padding trailing"""
         self.lengths = to_device(torch.tensor(self.counts, dtype=torch.int32), device)
         """[n] int32"""
+        self.scales: Tensor | None = None
+        """[n, 1, J] float32: the ladders' own; None where there are none"""
         self.logits: Tensor | None = None
         """[n, V] float32 behind the last token of every row, as far as they are there"""
         stream.prompt_tokens = stream.state.position + self.lengths
@@ -122,7 +125,7 @@ class Workroom:
 
     @classmethod
     def of(cls, model: Model, store: AdapterStore | None, settings: Settings, room: Room) -> Workroom:
-        heard = min(settings.signals.attention_layers, model.shape.layers) if room.listens else 0
+        heard = len(probed_layers(model.shape.layers, settings.signals.attention_layers)) if room.listens else 0
         buffers = PassBuffers.of(model, room, 1 if store is None else store.directions, heard)
         return cls(room, buffers, None if store is None else Loaded(model, store, room.sets))
 
@@ -159,6 +162,9 @@ class Prefill:
         for own in (self.tables.lengths, self.tables.settled, self.tables.counts, self._lanes.kept.complexity):
             own[rows].zero_()
         set_policy(self._lanes.kept, prompt.operating.kv, prompt.first)
+        if self._ladders is not None:
+            slots = to_device(torch.tensor(prompt.slots), prompt.tokens.device)
+            prompt.scales = self._ladders.scale[slots.clamp(min=0)][:, None]
 
     @torch.no_grad()
     def run(self, ends: Sequence[tuple[Prompt, int]]) -> None:
@@ -197,11 +203,7 @@ class Prefill:
         weights = weights.expand(-1, end - prompt.done, -1)
         # A deliberate wait, once a block of rows whose budget is below their start rung.
         rungs = weights.argmax(2).tolist() if prompt.moves else None
-        if self._ladders is not None:
-            slots = to_device(torch.tensor(prompt.slots), real.device)
-            scales = self._ladders.scale[slots.clamp(min=0)]
-            weights = weights * scales[:, None, : weights.shape[2]]
-        own = weights.sum(2)
+        own = (weights if prompt.scales is None else weights * prompt.scales).sum(2)
         for row, count in enumerate(prompt.columns(end)):
             if count:
                 runs = [(prompt.start[row], count)] if rungs is None else runs_of(rungs[row][:count])
@@ -248,7 +250,7 @@ class Prefill:
         if not self.room.listens:
             assert all(prompt.stream.static is not None for prompt, _ in ends), "who decides is told what came out"
             return
-        attention = b.distant.mean((0, 2)).clamp_(0.0, 1.0)
+        attention = b.distant[:, : sum(own.tokens for own in taken)].mean((0, 2)).clamp_(0.0, 1.0)
         outputs: dict[int, list[Heard]] = {}
         first = 0
         for number, own in enumerate(taken):
@@ -277,5 +279,4 @@ class Prefill:
         sums = self._lanes.kept.complexity
         pages = torch.arange(prompt.done, end, device=sums.device) // PAGE_TOKENS
         rows = slice(prompt.first, prompt.first + len(prompt))
-        real = torch.arange(prompt.done, end, device=sums.device) < prompt.lengths[:, None]
-        sums[rows].scatter_add_(1, pages.expand(len(prompt), -1), complexity.double() * real)
+        sums[rows].scatter_add_(1, pages.expand(len(prompt), -1), complexity.double() * stream.block.real)

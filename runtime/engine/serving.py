@@ -11,7 +11,6 @@ decides again as it has decided, and its pages are what they were.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from ..control.stream import Stream
 from ..fingerprint import model_fingerprint
 from ..kv.formats import FULL
 from ..kv.units import pages_for
-from ..loading import context_limit, require_plain
+from ..loading import context_limit, end_tokens, require_plain
 from ..ops.pages import leave
 from ..plan import AdapterSource, engine_plan
 from ..sending import to_device
@@ -100,12 +99,11 @@ class Engine:
             raise ValueError(f"context: expected at most {limit}, which the model was trained on, got {context}")
         self.model = model_of(model, self.context + 1)
         _refuse(pages_why_not(KVRows.of([plan.settings.kv]), self.model, plan.settings))
-        self.policy = copy.deepcopy(plan.policy).to(self.model.device).eval()
+        self.policy = plan.policy_on(self.model.device)
         self.decides = plan.policy.looks or not plan.settings.kv.is_full
         self.store, self.ladders = held(self.model, plan)
         self._offer, self._difficulty = plan.offer(), plan.difficulty().to(self.model.device)
-        ends = model.generation_config.eos_token_id
-        self._ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self._ends = torch.tensor(end_tokens(model, {}), dtype=torch.long, device=self.model.device)
         coded = not plan.settings.kv.is_full
         block, parts = plan.settings.prompt_tokens if self.decides else 1, min(PARTS, rows)
         room = Room(max(part_tokens, block), parts, parts, self.decides)
@@ -121,7 +119,7 @@ class Engine:
                 within=self._decoders[0] if self._decoders else None,
             )  # fmt: skip
             self._decoders.append(own)
-        self._wide = self._latest = self._decoders[0]
+        self._wide = self._decoders[0]
         self._prefill = Prefill(self.model, self.pool, workroom, self.ladders, self._wide.lanes, plan.settings)
         self._prefill.capture()
         self._account = Account(len(self.pool))
@@ -132,6 +130,7 @@ class Engine:
         """Whose prompts are through"""
         self._prompts: list[tuple[Seat, Prompt]] = []
         self._notes: deque[_Note] = deque()
+        self._spare: list[list[Tensor]] = []
         self._texts: dict[int, Text] = {}
         self._count = 0
         self._said: list[News] = []
@@ -283,13 +282,13 @@ class Engine:
             self._queue.remove(answer)
             self._free_rows.pop(0)
             operating = request.operating
-            index = operating.adapter
+            index, offer = operating.adapter, self._offer.select(operating.adapter)
             stream = Stream(
-                self.plan.settings, self.policy, operating, self._offer.select(index), self.model.device,
+                self.plan.settings, self.policy, operating, offer, self.model.device,
                 keep=Keep.SUMS, difficulty=self._difficulty.select(to_device(index, self.model.device)),
             )  # fmt: skip
             prompt = Prompt(
-                seat.row, [request.prompt], stream, operating, self._offer.select(index), index.tolist(),
+                seat.row, [request.prompt], stream, operating, offer, index.tolist(),
                 blocks=None if stream.static is not None else self.plan.settings.prompt_tokens,
                 device=self.model.device,
             )  # fmt: skip
@@ -306,13 +305,7 @@ class Engine:
             return []
         self._account.take(self._step_units())
         most = max(seat.row for seat in self._seats)
-        own = next(own for own in reversed(self._decoders) if own.bucket.rows > most)
-        if own is not self._latest:
-            # What its next decision is made by: the attention of a row's latest token is where that was processed.
-            before, self._latest = self._latest, own
-            rows = min(before.bucket.rows, own.bucket.rows)
-            own.buffers.distant[:, :rows].copy_(before.buffers.distant[:, :rows])
-        own.run()
+        next(own for own in reversed(self._decoders) if own.bucket.rows > most).run()
         chosen = [(seat, seat.chosen) for seat in self._seats]
         for seat in self._seats:
             seat.stepped()
@@ -368,12 +361,10 @@ class Engine:
         assert prompt.logits is not None, "it went through the model"
         given = to_device(torch.tensor([answer.tokens], dtype=torch.long), device) if answer.tokens else None
         slots = to_device(torch.tensor(prompt.slots, dtype=torch.int32), device)
-        ends = to_device(torch.tensor(self._ends, dtype=torch.long), device)
         self._wide.begin(Begin(
             seat.row, prompt.stream, slots, prompt.lengths, prompt.logits, prompt.tokens, [answer.request.sampling],
-            ends, pad=0, given=given,
+            self._ends, pad=0, given=given,
         ))  # fmt: skip
-        self._prefill.tables.lengths[seat.row] = 0
         seat.chosen = 1
         self._seats.append(seat)
 
@@ -381,7 +372,10 @@ class Engine:
         """Have copied what the host will read of this step."""
         lanes, cuda = self._wide.lanes, self.model.device.type == "cuda"
         news = (lanes.generated.tokens, lanes.generated.ended, self.pool.free.top)
-        copies = [torch.empty(own.shape, dtype=own.dtype, pin_memory=cuda) for own in news]
+        # Of notes that were read, as pinning memory may wait for the device.
+        copies = (
+            self._spare.pop() if self._spare else [torch.empty_like(own, device="cpu", pin_memory=cuda) for own in news]
+        )
         for kept, own in zip(copies, news, strict=True):
             kept.copy_(own, non_blocking=True)
         event = None
@@ -398,6 +392,7 @@ class Engine:
             note.event.synchronize()
         self._account.told(int(note.free))
         tokens, ended = note.tokens.tolist(), note.ended.tolist()
+        self._spare.append([note.tokens, note.ended, note.free])
         for seat, index in note.chosen:
             answer = seat.answer
             if answer.finished is not None or index != len(answer.tokens):

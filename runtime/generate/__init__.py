@@ -22,9 +22,9 @@ from policy.checkpoint import PolicyCheckpoint
 from policy.rungs import Rung
 
 from ..control.record import ChunkTrace
-from ..loading import load_model, load_tokenizer, require_plain
+from ..loading import end_tokens, generation_option, load_model, load_tokenizer, require_plain
 from ..plan import AdapterSource
-from ..reference.adaptive import AdaptiveRun, check_length, end_tokens, generation_option
+from ..reference.adaptive import AdaptiveRun, check_length
 from .choice import adaptive
 
 __all__ = ["Generation", "adaptive", "generate"]

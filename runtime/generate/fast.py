@@ -28,8 +28,9 @@ from ..engine.prompt_pass import Room
 from ..engine.prompts import Prefill, Prompt, Workroom
 from ..engine.request import pages_why_not
 from ..kv.units import pages_for
+from ..loading import end_tokens, generation_option
 from ..plan import RunPlan
-from ..reference.adaptive import AdaptiveRun, end_tokens, generation_option
+from ..reference.adaptive import AdaptiveRun
 from .lookback import Lookback
 from .options import Options
 
@@ -145,7 +146,6 @@ class FastPath:
                 rows.start, stream, slots, prompt.lengths, prompt.logits, ids[part], options.sampling[part], ends,
                 options.pad,
             ))  # fmt: skip
-            prefill.tables.lengths[part].zero_()
             prompts.append(prompt)
         return decoder, prompts
 

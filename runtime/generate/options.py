@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from ..loading import end_tokens, generation_option
 from ..ops.reference.sampling import Sampling
-from ..reference.adaptive import DEFAULT_NEW_TOKENS, end_tokens, generation_option
+from ..reference.adaptive import DEFAULT_NEW_TOKENS
 
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 """What transformers samples with when nothing says otherwise."""

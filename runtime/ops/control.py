@@ -105,10 +105,10 @@ def _pair_index(before, token):
 
 
 @triton.jit
-def _attention(distant, row, rows, PROBES: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr):
-    """Mean over probed layers and heads of distant [PROBES, rows, HEADS], in [0, 1]."""
+def _attention(distant, row, apart, PROBES: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr):
+    """Mean over probed layers and heads of distant [PROBES, rows, HEADS], layers `apart` rows apart, in [0, 1]."""
     lane = tl.arange(0, LANES)
-    at = (lane // HEADS * rows + row) * HEADS + lane % HEADS
+    at = (lane // HEADS * apart + row) * HEADS + lane % HEADS
     mass = tl.load(distant + at, mask=lane < PROBES * HEADS, other=0.0)
     return tl.minimum(tl.maximum(tl.sum(mass, 0) / (PROBES * HEADS), 0.0), 1.0)
 
@@ -182,7 +182,7 @@ def _prefer(
 
 @triton.jit
 def decide_kernel(
-    tokens, entropy, surprisal, distant,
+    tokens, entropy, surprisal, distant, apart,
     slots, rungs, weights,
     positions, prompts, steps, history, gathered, balances, budgets, costs, knobs, starts, residents,
     token_codes, pair_codes, ladder_scales,
@@ -265,7 +265,7 @@ def decide_kernel(
         prior = tl.exp(-tl.maximum(position - prompt, 0).to(tl.float32) / DECAY)
         attention = 0.0
         if PROBES:
-            attention = _attention(distant, row, tl.num_programs(0), PROBES, HEADS, LANES)
+            attention = _attention(distant, row, apart, PROBES, HEADS, LANES)
         novelty = _novelty(past, token, position, WINDOW, RING, TILE)
     if PAGES:
         # Its own signals have waited, one value of each, which is their total.

@@ -141,7 +141,7 @@ class PagePolicy:
 
 
 @triton.jit
-def _before(count):
+def before(count):
     """Of every row [BP] the sum of `count` over the rows before it."""
     return tl.cumsum(count, 0) - count
 
@@ -178,7 +178,7 @@ def _turn(
 
     # Give back what was coded away, or dropped, at the step before.
     gone = was > _FULL
-    place = left + _before(gone.to(tl.int32)) * F
+    place = left + before(gone.to(tl.int32)) * F
     given = tl.load(source + row[:, None] * F + part, mask=gone[:, None], other=0)
     tl.store(stack + place[:, None] + part, given, mask=gone[:, None])
     left += tl.sum(gone.to(tl.int32), 0) * F
@@ -188,7 +188,7 @@ def _turn(
 
     # Begin pages, first, as these cannot wait.
     wants = ((length > 0) & (length % _PAGE == 0)).to(tl.int32)
-    taken = _before(wants) * F
+    taken = before(wants) * F
     begins = (wants > 0) & (taken + F <= left)
     unit = tl.load(stack + left - 1 - (taken[:, None] + part), mask=begins[:, None], other=0)
     tl.store(full + (row * pages + length // _PAGE)[:, None] * F + part, unit, mask=begins[:, None])
@@ -198,7 +198,7 @@ def _turn(
 
     # Settle pages; one that finds no units, and all behind it that want some, wait for the next step.
     wanted = tl.where(due, tl.where(what == _INT8, 2, tl.where(what == _INT4, 1, 0)), 0)
-    taken = _before(wanted)
+    taken = before(wanted)
     settles = due & ((wanted == 0) | (taken + wanted <= left))
     what = tl.where(settles, what, _NONE)
     coded = (pair < wanted[:, None]) & settles[:, None]

@@ -65,10 +65,6 @@ class SamplingScratch:
             noisy=torch.empty(rows, vocabulary, device=device),
         )
 
-    def row(self, row: int) -> SamplingScratch:
-        """That of this row alone, in the same memory."""
-        return SamplingScratch(*(own[row : row + 1] for own in (self.found, self.winner, self.scaled, self.noisy)))
-
 
 @triton.jit
 def _uniform(seed, position, ids):

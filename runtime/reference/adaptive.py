@@ -29,7 +29,7 @@ from policy.rungs import Rung
 from ..control.record import Keep
 from ..fingerprint import model_fingerprint
 from ..ladder import Ladder
-from ..loading import check_context, require_plain
+from ..loading import check_context, end_tokens, generation_option, require_plain
 from ..plan import AdapterSource, RunPlan, plan_run
 from .architecture import refuse_unsupported
 from .attention import probed_attention
@@ -214,21 +214,6 @@ def _adaptive_inputs(model: PreTrainedModel) -> Callable[..., Any]:
         return {**inputs, "past_key_values": cache}
 
     return prepare
-
-
-def generation_option(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """An option as transformers settles it: the call's own, its `generation_config`'s, the model's."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    given = getattr(kwargs.get("generation_config"), name, None)
-    return given if given is not None else getattr(model.generation_config, name, None)
-
-
-def end_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> list[int]:
-    """The end-of-sequence tokens that this call of `generate` stops at."""
-    ends = generation_option(model, kwargs, "eos_token_id")
-    ends = ends.tolist() if isinstance(ends, Tensor) else ends
-    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list | tuple) else [ends])]
 
 
 def check_length(

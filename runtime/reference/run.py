@@ -9,7 +9,6 @@ Shape legend: B rows, T input columns, V vocabulary, J rungs.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,8 +73,7 @@ class AdaptiveRun:
         """[B, T, d] the last hidden states of the pass under way."""
         # Where the rows are: what they read is picked for every stream, in training once a pass.
         self._offer, self._difficulty = plan.offer(), plan.difficulty().to(model.device)
-        # A copy: the caller's policy stays on its device and in its mode.
-        self.policy = copy.deepcopy(plan.policy).to(model.device).eval()
+        self.policy = plan.policy_on(model.device)
         config = model.config.get_text_config(decoder=True)
         self.gates = [Gate(ladder, model.device) for ladder in plan.ladders]
         self._set: Tensor | None = None

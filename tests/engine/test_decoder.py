@@ -198,7 +198,7 @@ def test_buffers_are_views_of_what_they_have(llama, rows):
     model = model_of(llama, 16)
     pool = Pool.of(model, 6, coded=False)
     lanes = Lanes.of(model, pool.units, rows, pages=2, steps=3, ends=0)
-    buffers = Buffers.of(model, lanes, directions=5, probes=1, splits=2)
+    buffers = Buffers.of(model, lanes, directions=5, splits=2)
     assert buffers.outputs(7).shape == (rows, 7)
     assert buffers.shrunk(2).shape == (rows, 2, 5)
     assert buffers.outputs(2 * model.shape.inner).data_ptr() == buffers.y.data_ptr()

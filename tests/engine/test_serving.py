@@ -15,6 +15,7 @@ from policy import KVSettings, Operating, PercentilePolicy
 from policy.operating import KVRows
 from policy.settings import FULL_KV, PAGE_ACTIONS, SignalSettings
 from runtime import generate
+from runtime.engine.control import Controller
 from runtime.engine.decoder import Decoder
 from runtime.engine.model import model_of
 from runtime.engine.page_pool import units_of
@@ -22,6 +23,7 @@ from runtime.engine.prompts import Prefill
 from runtime.engine.request import CANCELLED, END, LENGTH, STOP, Request
 from runtime.engine.scheduler import Seat
 from runtime.engine.serving import Engine
+from runtime.engine.step import Forward
 from runtime.kv.formats import FORMATS, FULL
 from runtime.ops.reference.sampling import Sampling
 from tests.engine import tiny
@@ -427,18 +429,17 @@ def test_what_a_bucket_hands_to_another(llama, ladders, learned, monkeypatch):
     engine = Engine(llama, {"a": ladders[0]}, policy=learned, rows=5, context=20)
     buckets = {own.bucket.rows: own for own in engine._decoders}
     assert sorted(buckets) == [1, 4, 5]
-    for own in engine._decoders:
-        own.buffers.distant.fill_(torch.nan)
-        monkeypatch.setattr(own, "run", lambda own=own: ran.append(own))
-    ran, expected = [], torch.rand_like(buckets[5].buffers.distant)
-    buckets[5].buffers.distant.copy_(expected)
-    answer = engine.add(Request([3], engine.operating("a"), max_new_tokens=1))
+    heard = []
+    monkeypatch.setattr(Controller, "step", lambda own, tokens, entropy, surprisal, distant: heard.append(distant))
+    monkeypatch.setattr(Forward, "__call__", lambda own: None)
+    answer, whole = engine.add(Request([3], engine.operating("a"), max_new_tokens=1)), buckets[5].buffers.distant
     for most in (5, 4, 4, 1, 5, 1, 4):
+        expected = torch.rand_like(whole)
+        whole.copy_(expected)
         engine._seats = [Seat(answer, row, engine.pool.units, length=5) for row in range(most)]
-        before = ran[-1] if ran else engine._wide
         engine._decode()
-        assert ran[-1] is buckets[most]
-        common = min(before.bucket.rows, most)
-        assert torch.equal(buckets[most].buffers.distant[:, :common], expected[:, :common])
-        expected = torch.rand_like(buckets[most].buffers.distant)
-        buckets[most].buffers.distant.copy_(expected)
+        assert torch.equal(heard[-1], expected[:, :most])
+        new = torch.rand_like(heard[-1])
+        buckets[most].buffers.distant.copy_(new)
+        assert torch.equal(whole[:, :most], new)
+        assert torch.equal(whole[:, most:], expected[:, most:])

@@ -110,7 +110,7 @@ class Batch:
                     peer.weights[:, length + step, rung] = weight
         self.store = store
         pool = Pool.of(self.model, 2 * len(prompts), coded=False)
-        b = Buffers.of(self.model, Lanes.of(self.model, pool.units, len(prompts), 2, 1, 0), RANK, 1, splits)
+        b = Buffers.of(self.model, Lanes.of(self.model, pool.units, len(prompts), 2, 1, 0), RANK, splits)
         reads = None if store is None else reads_for(len(prompts), len(store.modules), store.arena, self.plain.dtype)
         last = self.model.shape.layers - 1
         self.forward = Forward(

@@ -9,6 +9,7 @@ import triton.language as tl
 from transformers.generation import logits_process as hf
 
 from runtime.control import signals
+from runtime.engine.lanes import over_rows
 from runtime.ops.reference import sampling as reference
 from runtime.ops.reference.sampling import Generated, Sampling, SamplingRows
 from runtime.ops.sampling import SamplingScratch, _gumbel, sample, uniforms
@@ -315,6 +316,12 @@ def test_a_row_that_was_interrupted_goes_the_same_way(device):
         assert torch.equal(getattr(again, field.name), getattr(first, field.name)), field.name
 
 
+def one_row(record, row):
+    """A batch of this row alone, in the same memory."""
+    own = over_rows(lambda tensor: tensor[row : row + 1], record)
+    return replace(own, ends=record.ends) if isinstance(record, Generated) else own
+
+
 def test_a_row_of_a_batch_alone(device):
     settings = [SETTINGS[name] for name in ("all", "greedy, penalty", "top-p", "temperature", "min-p")]
     logits, rows = made_logits(5, 63, device), made_rows(device, *settings)
@@ -329,7 +336,7 @@ def test_a_row_of_a_batch_alone(device):
             getattr(scratch, part.name).fill_(-5)
         signals_out = torch.full((2, 5), torch.nan, device=device)
         alone = signals_out[:, row : row + 1]
-        sample(logits[row : row + 1], rows.row(row), own.row(row), *alone, scratch.row(row))
+        sample(logits[row : row + 1], one_row(rows, row), one_row(own, row), *alone, one_row(scratch, row))
         assert torch.equal(signals_out[:, row], found[:, row])
         assert signals_out[:, other].isnan().all()
         assert torch.equal(own.ends, before.ends)
@@ -343,7 +350,11 @@ def test_a_row_of_a_batch_alone(device):
         by_reference = cloned(before)
         noise = uniforms(rows.seed, by_reference.count, 63)[row : row + 1]
         reference.sample(
-            logits[row : row + 1], rows.row(row), by_reference.row(row), noise, *torch.empty(2, 1, device=device)
+            logits[row : row + 1],
+            one_row(rows, row),
+            one_row(by_reference, row),
+            noise,
+            *torch.empty(2, 1, device=device),
         )
         for part in fields(Generated):
             assert torch.equal(getattr(by_reference, part.name), getattr(own, part.name)), part.name

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..launch import dependent, release, wait
 from ..packed import ENDS, FIRSTS, ROWS, STARTS_A, STARTS_B, Reads, ends_of, number, part, record_of, row_scales
-from .matrices import Factors
 
 _ENDS: tl.constexpr = tl.constexpr(ENDS)
 _STARTS_A: tl.constexpr = tl.constexpr(STARTS_A)
@@ -131,19 +130,14 @@ _DIRECTIONS, _PLACES = 8, 256
 """Of a program: 16 KiB of bfloat16 that it writes, in pieces of 2 KiB."""
 
 
-def unpack(factors: Factors, sizes: Sequence[int]) -> None:
-    """Write `factors.a` and `factors.b` as the sets' records say, for members with `sizes` outputs, at most three.
+def unpack_layers(reads: Reads, site: int, apart: int, a: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
+    """Write a [L, S, members, R, D] and b [L, S, blocks, R, Q], each layer's `Factors`, as the sets' records say, for
+    members with `sizes` outputs, at most three. A site begins at module `site`, in each next layer `apart` further on.
 
     Directions that a set does not read are left as they are. Columns that fill up a member's last block become 0. What
     a set's update weighs is not in them. R is that of the store: its scales lie so far apart. All tensors are
     contiguous, D and Q multiples of 4, the model's dtype bfloat16 or float32.
     """
-    unpack_layers(factors.reads, factors.site, 0, factors.a[None], factors.b[None], sizes)
-
-
-def unpack_layers(reads: Reads, site: int, apart: int, a: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
-    """`unpack` of sites in L layers, `apart` modules from one to the next: a [L, S, members, R, D], b [L, S, blocks, R,
-    Q]."""
     layers, sets, members, most, inputs = a.shape
     columns = b.shape[4]
     assert len(sizes) == members <= 3, "a site has up to three members"

@@ -27,7 +27,7 @@ from policy.settings import PAGE_TOKENS
 
 from ...kv.formats import FULL, INT4, INT8, NONE
 from ..launch import dependent, release, wait
-from ..pages import FreeUnits, PagePolicy, PageTables, Turned
+from ..pages import FreeUnits, PagePolicy, PageTables, Turned, before
 
 _PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
 _NONE: tl.constexpr = tl.constexpr(NONE)
@@ -36,12 +36,6 @@ _INT8: tl.constexpr = tl.constexpr(INT8)
 _INT4: tl.constexpr = tl.constexpr(INT4)
 _BLOCK = 128
 """Pages, or entries, that are looked at side by side: those of 2048 tokens."""
-
-
-@triton.jit
-def _before(count):
-    """Of every page [BLOCK] the sum of `count` over the pages before it."""
-    return tl.cumsum(count, 0) - count
 
 
 @triton.jit(do_not_specialize=["count", "entries"])
@@ -81,7 +75,7 @@ def _settle(
             mean = tl.load(complexity + row * pages + page, mask=due, other=0.0) * (1.0 / _PAGE)
             what = tl.where(page < sink_end, _FULL, tl.where(mean >= bar, if_hard, if_easy))
             wanted = tl.where(due, tl.where(what == _INT8, 2, tl.where(what == _INT4, 1, 0)), 0)
-            taken = _before(wanted)
+            taken = before(wanted)
             # Both sides only grow with the pages: those that settle are the first ones.
             settles = due & (entry < entries) & (taken + wanted <= left)
             what = tl.where(settles, what, _NONE)
@@ -96,11 +90,11 @@ def _settle(
             tl.store(code + entry, what, mask=settles)
             tl.store(source + entry[:, None] * F + part, there, mask=(what > _FULL)[:, None])
             tl.store(target + entry[:, None] * 2 + pair, unit, mask=coded)
-            at = row * pages + fulls + _before(in_full.to(tl.int32))
+            at = row * pages + fulls + before(in_full.to(tl.int32))
             tl.store(full + at[:, None] * F + part, there, mask=in_full[:, None])
-            at = row * pages + int8s + _before(in_int8.to(tl.int32))
+            at = row * pages + int8s + before(in_int8.to(tl.int32))
             tl.store(int8 + at[:, None] * 2 + pair, unit, mask=coded & in_int8[:, None])
-            at = row * pages + int4s + _before(in_int4.to(tl.int32))
+            at = row * pages + int4s + before(in_int4.to(tl.int32))
             tl.store(int4 + at[:, None] + pair, unit, mask=coded & in_int4[:, None])
             settling = tl.sum(settles.to(tl.int32), 0)
             going = going & (settling == tl.sum(due.to(tl.int32), 0))
@@ -152,7 +146,7 @@ def _give_back(
         entry = start + tl.arange(0, BLOCK)
         inside = entry < entries
         gone = tl.load(code + entry, mask=inside, other=_NONE) > _FULL
-        place = left + _before(gone.to(tl.int32)) * F
+        place = left + before(gone.to(tl.int32)) * F
         unit = tl.load(source + entry[:, None] * F + part, mask=gone[:, None], other=0)
         tl.store(stack + place[:, None] + part, unit, mask=gone[:, None])
         left += tl.sum(gone.to(tl.int32), 0) * F

@@ -8,13 +8,11 @@ Shape legend: T tokens of a pass, N tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 TILE = 128
 """Tokens of a tile, at most"""
@@ -53,13 +51,6 @@ def tiles_of(parts: Iterable[Part]) -> list[list[int]]:
 def tiles_for(tokens: int, parts: int) -> int:
     """Tiles that so many tokens of so many parts take at most."""
     return triton.cdiv(tokens, TILE) + parts - 1
-
-
-def written(tiles: Sequence[Sequence[int]], most: int, device: torch.device) -> Tensor:
-    """[most, FIELDS] int32; those behind the last one are not in use."""
-    table = torch.zeros(most, FIELDS, dtype=torch.int32)
-    table[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32)
-    return table.to(device)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def turn(tables: PageTables, free: FreeUnits, turned: Turned, policy: PagePolicy
     rows, _, parts = tables.full.shape
     for row in range(rows):
         if int(turned.code[row]) > FULL:
-            _push(free, turned.source[row])
+            push(free, turned.source[row])
     turned.code.fill_(NONE)
     for row in range(rows):
         length = int(tables.lengths[row])
@@ -37,10 +37,10 @@ def turn(tables: PageTables, free: FreeUnits, turned: Turned, policy: PagePolicy
         if int(free.top) < parts:
             free.dry.add_(1)
         else:
-            tables.full[row, length // PAGE_TOKENS] = _pop(free, parts)
+            tables.full[row, length // PAGE_TOKENS] = pop(free, parts)
     room = int(free.top)
     for row in range(rows):
-        page, code = int(tables.settled[row]), _due(tables, policy, row)
+        page, code = int(tables.settled[row]), due(tables, policy, row)
         if code == NONE:
             continue
         wanted = {INT8: 2, INT4: 1}.get(code, 0)
@@ -51,7 +51,7 @@ def turn(tables: PageTables, free: FreeUnits, turned: Turned, policy: PagePolicy
         turned.code[row] = code
         tables.settled[row] += 1
         there = tables.full[row, page].clone()
-        numbers = there if code == FULL else _pop(free, wanted)
+        numbers = there if code == FULL else pop(free, wanted)
         if code > FULL:
             turned.source[row], turned.target[row, :wanted] = there, numbers
         if code != DROPPED:
@@ -60,7 +60,7 @@ def turn(tables: PageTables, free: FreeUnits, turned: Turned, policy: PagePolicy
             tables.counts[row, kind] += 1
 
 
-def _due(tables: PageTables, policy: PagePolicy, row: int) -> int:
+def due(tables: PageTables, policy: PagePolicy, row: int) -> int:
     """The format that the row's page behind the settled ones gets now, or NONE."""
     length, page = int(tables.lengths[row]), int(tables.settled[row])
     if page >= max(0, length - int(policy.window_tokens[row])) // PAGE_TOKENS:
@@ -75,9 +75,9 @@ def leave(tables: PageTables, free: FreeUnits, turned: Turned, rows: Sequence[in
     """Give back all that rows have; they are not in use any more."""
     for row in rows:
         for numbers in held(tables, row):
-            _push(free, numbers.flatten())
+            push(free, numbers.flatten())
         if int(turned.code[row]) > FULL:
-            _push(free, turned.source[row])
+            push(free, turned.source[row])
         tables.lengths[row] = tables.settled[row] = tables.counts[row] = 0
         turned.code[row] = NONE
 
@@ -91,7 +91,7 @@ def claim(tables: PageTables, free: FreeUnits, rows: Sequence[int], lengths: Seq
             free.dry.add_(1)
             continue
         for page in range(first, end):
-            tables.full[row, page] = _pop(free, parts)
+            tables.full[row, page] = pop(free, parts)
         tables.lengths[row] = length
 
 
@@ -205,13 +205,13 @@ def unpack_page(code: int, packed: Tensor, units: Units, dtype: torch.dtype) -> 
     return parts
 
 
-def _push(free: FreeUnits, numbers: Tensor) -> None:
+def push(free: FreeUnits, numbers: Tensor) -> None:
     top = int(free.top)
     free.stack[top : top + len(numbers)] = numbers
     free.top.add_(len(numbers))
 
 
-def _pop(free: FreeUnits, count: int) -> Tensor:
+def pop(free: FreeUnits, count: int) -> Tensor:
     """The last `count` units of the stack, the last one first."""
     top = int(free.top)
     free.top.sub_(count)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ...kv.formats import DROPPED, FULL, INT4, INT8, NONE
 from ..pages import FreeUnits, PagePolicy, PageTables, Turned
-from .pages import _due, _pop, _push
+from .pages import due, pop, push
 
 
 def settle_pages(tables: PageTables, free: FreeUnits, policy: PagePolicy, rows: Sequence[int], settled: Turned) -> None:
@@ -19,12 +19,12 @@ def settle_pages(tables: PageTables, free: FreeUnits, policy: PagePolicy, rows: 
     settled.code.fill_(NONE)
     entry = 0
     for row in rows:
-        while row >= 0 and (code := _due(tables, policy, row)) != NONE:
+        while row >= 0 and (code := due(tables, policy, row)) != NONE:
             wanted = {INT8: 2, INT4: 1}.get(code, 0)
             if entry == len(settled.code) or wanted > int(free.top):
                 return  # nobody overtakes a page that waits
             there = tables.full[row, int(tables.settled[row])].clone()
-            numbers = there if code == FULL else _pop(free, wanted)
+            numbers = there if code == FULL else pop(free, wanted)
             settled.code[entry] = code
             if code > FULL:
                 settled.source[entry], settled.target[entry, :wanted] = there, numbers
@@ -40,5 +40,5 @@ def give_back(free: FreeUnits, settled: Turned) -> None:
     """Units of entries whose pages were coded away or dropped go back; no entry is in use any more."""
     for entry, code in enumerate(settled.code.tolist()):
         if code > FULL:
-            _push(free, settled.source[entry])
+            push(free, settled.source[entry])
     settled.code.fill_(NONE)

@@ -69,10 +69,6 @@ class SamplingRows:
         dtypes = {name: whole.get(name, torch.float32) for name, _ in greedy}
         return cls(**{name: torch.full((rows,), x, dtype=dtypes[name], device=device) for name, x in greedy})
 
-    def row(self, row: int) -> SamplingRows:
-        """A batch of this row alone, in the same memory."""
-        return SamplingRows(**{own.name: getattr(self, own.name)[row : row + 1] for own in fields(self)})
-
     def set(self, row: int, sampling: Sampling) -> None:
         """From the next token on `row` is sampled like this."""
         for parameter in fields(self):
@@ -118,11 +114,6 @@ class Generated:
             pad=zeros(rows),
             ends=ends,
         )
-
-    def row(self, row: int) -> Generated:
-        """A batch of this row alone, in the same memory; `ends` are those of all."""
-        own = {part.name: getattr(self, part.name)[row : row + 1] for part in fields(self) if part.name != "ends"}
-        return Generated(**own, ends=self.ends)
 
 
 def process(logits: Tensor, seen: Tensor, rows: SamplingRows) -> Tensor:

@@ -15,10 +15,11 @@ from policy.settings import PAGE_TOKENS
 from runtime.ops.launch import INTERPRETED
 from runtime.ops.pages import Pages
 from runtime.ops.prompt.flash import Steps, attend_prompt
-from runtime.ops.prompt.tiles import Part, tiles_for, tiles_of, written
+from runtime.ops.prompt.tiles import Part, tiles_for, tiles_of
 from runtime.ops.reference import prompt_attention as reference
 from tests.ops.near import check_guards, check_near, guarded, poisoned
 from tests.ops.paged import Batch, Row, Seen
+from tests.ops.prompt.tables import written
 
 SPARE = 3
 """Tokens of no tile before those of the parts, and as many behind."""

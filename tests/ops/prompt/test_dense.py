@@ -7,6 +7,7 @@ to be written before it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -19,14 +20,15 @@ from runtime.ladder.formats import BITS, CODED
 from runtime.ops.launch import INTERPRETED
 from runtime.ops.packed import ENDS, FIRSTS, STRETCH, Reads
 from runtime.ops.prompt import dense, token_shrink
-from runtime.ops.prompt.dense import unpack
+from runtime.ops.prompt.dense import unpack_layers
 from runtime.ops.prompt.matrices import Factors
-from runtime.ops.prompt.tiles import Part, tiles_of, written
+from runtime.ops.prompt.tiles import Part, tiles_of
 from runtime.ops.prompt.token_shrink import ShrinkScratch, shrink_tokens
 from runtime.ops.reference import prompt_factors as reference
 from runtime.ops.resolve import Rows, reads_for, resolve
 from tests.ops.ladders import RANK, factors, ladders_of, stored
 from tests.ops.near import arriving, check_guards, poisoned
+from tests.ops.prompt.tables import written
 
 HIDDEN, INNER, HEADS, KV_HEADS, CHANNELS = 116, 96, 3, 1, 20
 """Widths that fill no block of 64 or 48 columns, quarters that are no power of two."""
@@ -51,6 +53,11 @@ USES: dict[str, list[Use]] = {
     "few bits": [(0, 0, 1.0), (1, 1, -0.9), (0, 4, 1.2)],
     "exact": [(2, 3, 0.5), (0, 5, 1.0)],
 }
+
+
+def unpack(found: Factors, sizes: Sequence[int]) -> None:
+    """A site's factors, in one layer."""
+    unpack_layers(found.reads, found.site, 0, found.a[None], found.b[None], sizes)
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,25 @@ def test_directions(uses, site, dtype, stores, monkeypatch):
             if dtype == torch.bfloat16 and INTERPRETED:
                 half = (eager[1].view(torch.int32) & -65536).view(torch.float32).to(dtype)
             assert torch.equal(b[:count], half)
+
+
+def test_layers_side_by_side(stores):
+    """Of two layers at once what each has alone."""
+    names = ("q", "k", "v")
+    both = [
+        Sets(stores[torch.float32], torch.float32, tuple(f"{layer}.{own}" for own in names), USES["mixed"])
+        for layer in range(2)
+    ]
+    first, second = alone = [own.factors() for own in both]
+    for own, sets in zip(alone, both, strict=True):
+        unpack(own, sets.sizes)
+    a, b = (poisoned(2, *like.shape, device=like.device, dtype=like.dtype) for like in (first.a, first.b))
+    unpack_layers(first.reads, first.site, second.site - first.site, a, b, both[0].sizes)
+    check_guards(a, b)
+    for layer, own in enumerate(alone):
+        torch.testing.assert_close(a[layer], own.a, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(b[layer], own.b, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(first.a.nan_to_num(), second.a.nan_to_num())
 
 
 def test_what_the_uses_read(stores):

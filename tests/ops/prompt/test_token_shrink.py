@@ -17,10 +17,11 @@ from runtime.ops import launch
 from runtime.ops.packed import ENDS, RECORD, Reads
 from runtime.ops.prompt import token_shrink
 from runtime.ops.prompt.matrices import Factors
-from runtime.ops.prompt.tiles import FIELDS, TILE, tiles_for, written
+from runtime.ops.prompt.tiles import FIELDS, TILE, tiles_for
 from runtime.ops.prompt.token_shrink import ShrinkCut, ShrinkScratch, shrink_tokens
 from runtime.ops.reference import prompt_factors as reference
 from tests.ops.near import arriving, check_guards, check_near, guarded, poisoned
+from tests.ops.prompt.tables import written
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SITE, MODULES = 2, 6
