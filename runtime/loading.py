@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +41,16 @@ def default_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     """What milliseconds are measured on: the GPU's name, or the CPU and its threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def kernels_why_not(device: torch.device, *, interpreted: bool) -> str | None:
+    """Why the engine's kernels cannot run on `device`, as a clause; None where they can. Triton's interpreter, where it
+    is asked for and `interpreted` kernels are welcome, runs them anywhere."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the model is on {device.type}, and the engine's kernels need a GPU"
+    return None
 
 
 def load_model(name: str | Path, *, dtype: str = "auto", device: torch.device | None = None) -> PreTrainedModel:

@@ -31,7 +31,7 @@ from ..control.stream import Stream
 from ..fingerprint import model_fingerprint
 from ..kv.formats import FULL
 from ..kv.units import pages_for
-from ..loading import context_limit, end_tokens, require_plain
+from ..loading import context_limit, end_tokens, kernels_why_not, require_plain
 from ..ops.pages import leave
 from ..plan import AdapterSource, engine_plan
 from ..sending import to_device
@@ -82,6 +82,7 @@ class Engine:
         which no request could run.
         """
         require_plain(model)
+        _refuse(kernels_why_not(model.device, interpreted=True))
         rows, part_tokens = _ROWS.take("rows", rows), _TOKENS.take("part_tokens", part_tokens)
         checkpoint = PolicyCheckpoint.load(policy) if isinstance(policy, str | Path) else policy
         if not adapters:

@@ -8,9 +8,7 @@ with adaptive(model, adapter, policy="policy/") as run:
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from policy.checkpoint import PolicyCheckpoint
 from policy.rungs import Rung
 
 from ..control.record import Keep
+from ..loading import kernels_why_not
 from ..plan import AdapterSource
 from ..reference import adaptive as reference
 from ..reference.adaptive import AdaptiveRun, check_length
@@ -84,10 +83,9 @@ def _why_not(model: PreTrainedModel, run: AdaptiveRun, fast: bool | None) -> str
     """Why the run does not go through the engine, as a clause; None where it does."""
     if fast is False:
         return "fast=False"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if model.device.type != "cuda" and not (fast and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the model is on {model.device.type}, and the engine's kernels need a GPU"
+    reason = kernels_why_not(model.device, interpreted=bool(fast))
+    if reason is not None:
+        return reason
     if run.keep is Keep.DECISIONS:
         return "a record of every decision is asked for"
     from .fast import why_not  # not before it is known that there is Triton

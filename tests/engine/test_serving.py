@@ -282,6 +282,16 @@ def test_engines_that_are_refused(llama, ladders, learned, device):
     refused(lambda: Engine(tiny.model(device=device).half(), {"a": a}), cannot + "it computes in float16")
 
 
+def test_an_engine_without_a_gpu_is_refused(llama, ladders, device, monkeypatch):
+    if device.type == "cuda":
+        pytest.skip("needs a model on the CPU, and kernels run on a GPU here")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(
+        ValueError, match=r"^engine: expected .* is on cpu, and the engine's kernels need a GPU"
+    ):
+        Engine(llama, {"a": ladders[0]})
+
+
 def test_what_is_cancelled_is_free_at_once(llama, narrow):
     """Waiting, between two parts of a prompt, and live: nobody else's answer is another one."""
     engine = Engine(llama, {"a": narrow[0]}, rows=2, context=60, part_tokens=16)
