@@ -286,9 +286,7 @@ def test_an_engine_without_a_gpu_is_refused(llama, ladders, device, monkeypatch)
     if device.type == "cuda":
         pytest.skip("needs a model on the CPU, and kernels run on a GPU here")
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(
-        ValueError, match=r"^engine: expected .* is on cpu, and the engine's kernels need a GPU"
-    ):
+    with pytest.raises(ValueError, match=r"^engine: expected .* is on cpu, and the engine's kernels need a GPU"):
         Engine(llama, {"a": ladders[0]})
 
 
