@@ -35,6 +35,11 @@ PAGE_BYTES = 4096
 """Of `/proc/self/statm`, on Linux."""
 
 
+def resident_bytes() -> int:
+    """What the process holds of the host's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
 class Watch(StoppingCriteria):
     """Notes at every `every` tokens what is held; never stops anything."""
 
@@ -48,12 +53,11 @@ class Watch(StoppingCriteria):
             gc.collect()
             cache = self.run.last
             assert cache is not None, "generate made one"
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
             device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
             self.rows.append(
                 {
                     "tokens": input_ids.shape[1],
-                    "resident_mb": resident / 1e6,
+                    "resident_mb": resident_bytes() / 1e6,
                     "device_mb": device / 1e6,
                     "kv_mb": cache.kv_bytes_allocated() / 1e6,
                     "seconds": time.perf_counter() - self.started,

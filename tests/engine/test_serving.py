@@ -432,6 +432,7 @@ def test_what_may_be_spent_is_what_the_policy_says(llama, ladders, learned):
     assert torch.equal(engine.operating("a", kv=kv).kv.window_tokens, KVRows.of([kv]).window_tokens)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a graph replays what was captured: nothing can be put between")
 def test_what_a_bucket_hands_to_another(llama, ladders, learned, monkeypatch):
     """A row's next decision is made by the attention of its latest token, whichever bucket that was processed in."""
     engine = Engine(llama, {"a": ladders[0]}, policy=learned, rows=5, context=20)
