@@ -166,12 +166,14 @@ def random_ladder_of(model: PreTrainedModel) -> Ladder:
     return random_ladder(own.modules(), own.dtype, own.device)
 
 
-def tiny_engine(model: PreTrainedModel, ladder: Ladder, policy: PolicyCheckpoint, rows: int, units: int) -> Engine:
-    """Of so many rows and units of its pool."""
+def tiny_engine(
+    model: PreTrainedModel, ladder: Ladder, policy: PolicyCheckpoint, rows: int, units: int, context: int = 160
+) -> Engine:
+    """Of so many rows, units of its pool, and tokens of a row."""
     config = model.config
     each = config.num_hidden_layers * config.num_key_value_heads * (16 * 32 + 96)
     return Engine(
-        model, {"one": ladder, "two": ladder}, policy=policy, rows=rows, context=160, part_tokens=32,
+        model, {"one": ladder, "two": ladder}, policy=policy, rows=rows, context=context, part_tokens=32,
         pool_bytes=units * each,
     )  # fmt: skip
 

@@ -40,11 +40,12 @@ from .request_trace import BUDGETS
 from .serve import policy_for, random_ladder_of, tiny_engine
 from .shapes import build_model
 
-ROWS, UNITS = 4, 110
-"""Of the engine, and of its pool: for one of the longest requests and a half"""
+ROWS, CONTEXT, UNITS = 4, 1024, 400
+"""Of the engine, of a row in tokens, and of the pool: for about two of the longest requests"""
 WAITING = 2
 """Requests beside those that have rows"""
-PROMPT, ANSWER = (1, 48), (1, 100)
+PROMPT, ANSWER = (1, 100), (1, 800)
+"""Tokens, the fewest and the most"""
 CANCELLED = 0.1
 """Of all requests, at a random step"""
 SAMPLED = 0.5
@@ -139,7 +140,7 @@ def benchmark(args: argparse.Namespace) -> None:
     path = result_path(args.output, f"soak-{device_slug(device)}")
     model = build_model("tiny", torch.float32, device)
     ladder = random_ladder_of(model)
-    engine = tiny_engine(model, ladder, policy_for(model, ladder, 32), ROWS, UNITS)
+    engine = tiny_engine(model, ladder, policy_for(model, ladder, 32), ROWS, UNITS, CONTEXT)
     print(f"tiny, float32, {device_name(device)}: {ROWS} rows, {len(engine.pool)} units", flush=True)
     drawn, done, points = random.Random(0), Done(), []
     begun, steps = time.perf_counter(), 0

@@ -167,9 +167,9 @@ class Decoder:
         """A row is not in use any more; all that it has can be used by others from the next step on. Between steps."""
         lanes = self.lanes
         leave(lanes.tables, self.pool.free, lanes.turned, torch.full_like(lanes.rows.slot[:1], row))
-        lanes.rows.slot[row] = -1
-        lanes.rows.weight[row] = 0
-        lanes.generated.ended[row] = 1
+        lanes.rows.slot[row].fill_(-1)
+        lanes.rows.weight[row].fill_(0)
+        lanes.generated.ended[row].fill_(1)
 
     def hold(self, lengths: Sequence[int]) -> None:
         """Rows of so many tokens in the model's dtype, whatever they are, and no others: for who times steps."""

@@ -70,9 +70,9 @@ class SamplingRows:
         return cls(**{name: torch.full((rows,), x, dtype=dtypes[name], device=device) for name, x in greedy})
 
     def set(self, row: int, sampling: Sampling) -> None:
-        """From the next token on `row` is sampled like this."""
+        """From the next token on `row` is sampled like this. Nobody waits: `tensor[row] = number` would."""
         for parameter in fields(self):
-            getattr(self, parameter.name)[row] = getattr(sampling, parameter.name)
+            getattr(self, parameter.name)[row].fill_(getattr(sampling, parameter.name))
 
 
 @dataclass(frozen=True)
