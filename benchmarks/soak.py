@@ -40,8 +40,8 @@ from .request_trace import BUDGETS
 from .serve import policy_for, random_ladder_of, tiny_engine
 from .shapes import build_model
 
-ROWS, CONTEXT, UNITS = 4, 1024, 400
-"""Of the engine, of a row in tokens, and of the pool: for about two of the longest requests"""
+ROWS, CONTEXT, UNITS = 4, 1024, 500
+"""Of the engine, of a row in tokens, and of the pool: for the longest request, and some of the others"""
 WAITING = 2
 """Requests beside those that have rows"""
 PROMPT, ANSWER = (1, 100), (1, 800)

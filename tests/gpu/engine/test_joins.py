@@ -19,12 +19,13 @@ pytestmark = pytest.mark.gpu
 ROWS, NEW_TOKENS = 4, 40
 ASKED = [(46, "a", 0.3), (33, "b", 0.9), (5, "a", 1.0), (70, "b", 0.6), (3, "a", 0.6), (17, "b", 0.9)]
 """Tokens of the prompt, adapter and budget"""
+PAGES = {name: KVSettings(window_tokens=16, threshold=at, sink_pages=0) for name, at in (("a", 0.0), ("b", 64.0))}
+"""By adapter: int8 for all pages that leave the window, or int4"""
 
 
 @pytest.fixture
 def engine(llama, ladders, learned):
-    kv = KVSettings(window_tokens=16, threshold=0.7, sink_pages=0)
-    settings = replace(learned.settings, block_tokens=16, prompt_tokens=16, kv=kv)
+    settings = replace(learned.settings, block_tokens=16, prompt_tokens=16, kv=PAGES["a"])
     policy = replace(learned, settings=settings)
     return Engine(llama, dict(zip("ab", ladders, strict=False)), policy=policy, rows=ROWS, context=128, part_tokens=32)
 
@@ -33,7 +34,7 @@ def requests(engine: Engine, seed: int, sampled: bool) -> list[Request]:
     """One of each kind."""
     return [
         Request(
-            tiny.prompts(length, seed=seed + number)[0][0].tolist(), engine.operating(name, budget=budget),
+            tiny.prompts(length, seed=seed + number)[0][0].tolist(), engine.operating(name, budget=budget, kv=PAGES[name]),
             sampling=Sampling(temperature=float(sampled), seed=number), max_new_tokens=NEW_TOKENS - number,
         )
         for number, (length, name, budget) in enumerate(ASKED)
