@@ -35,6 +35,7 @@ from .printing import (
     parse,
     print_table,
     result_path,
+    write,
 )  # fmt: skip
 from .request_trace import BUDGETS
 from .serve import policy_for, random_ladder_of, tiny_engine
@@ -144,12 +145,16 @@ def benchmark(args: argparse.Namespace) -> None:
     print(f"tiny, float32, {device_name(device)}: {ROWS} rows, {len(engine.pool)} units", flush=True)
     drawn, done, points = random.Random(0), Done(), []
     begun, steps = time.perf_counter(), 0
+    record = header("soak", device) | {
+        "rows": ROWS, "context": CONTEXT, "units": len(engine.pool), "commit": commit(), "points": points,
+    }  # fmt: skip
     for number in range(POINTS):
         more = args.steps * (number + 1) // POINTS - args.steps * number // POINTS
         run(engine, more, drawn, done)
         steps += more
         points.append(point(engine, steps, done, begun))
         print("  ".join(f"{name} {value:,.0f}" for name, value in points[-1].items()), flush=True)
+        write(record, path)
     first, last = points[0], points[-1]
     grown = {name: last[name] - first[name] for name in ("resident_bytes", "device_bytes", "reserved_bytes")}
     print_table(
@@ -159,10 +164,7 @@ def benchmark(args: argparse.Namespace) -> None:
             f"{grown['device_bytes']:,}", f"{grown['resident_bytes']:,}",
         ]],
     )  # fmt: skip
-    record = header("soak", device) | {
-        "rows": ROWS, "units": len(engine.pool), "points": points, "grown": grown, "commit": commit(),
-    }  # fmt: skip
-    finish(record, path)
+    finish(record | {"grown": grown}, path)
     if any(own["lost"] or own["dry"] for own in points):
         raise ValueError("units: expected all to be free when nobody has any, got fewer; see the record")
 

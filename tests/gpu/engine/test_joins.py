@@ -34,7 +34,8 @@ def requests(engine: Engine, seed: int, sampled: bool) -> list[Request]:
     """One of each kind."""
     return [
         Request(
-            tiny.prompts(length, seed=seed + number)[0][0].tolist(), engine.operating(name, budget=budget, kv=PAGES[name]),
+            tiny.prompts(length, seed=seed + number)[0][0].tolist(),
+            engine.operating(name, budget=budget, kv=PAGES[name]),
             sampling=Sampling(temperature=float(sampled), seed=number), max_new_tokens=NEW_TOKENS - number,
         )
         for number, (length, name, budget) in enumerate(ASKED)
