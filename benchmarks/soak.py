@@ -63,6 +63,8 @@ class Done:
     tokens: int = 0
     cancelled: int = 0
     preempted: int = 0
+    rows: int = 0
+    """In use, of all steps together"""
 
     def count(self, answer: Answer) -> None:
         """One more is over."""
@@ -95,7 +97,10 @@ def run(engine: Engine, steps: int, drawn: random.Random, done: Done) -> None:
                 done.count(news.answer)
                 del live[news.answer]
         for answer in [own for own, due in live.items() if due == step]:
-            engine.cancel(answer)
+            engine.cancel(answer)  # which nobody is told of but who did it
+            done.count(answer)
+            del live[answer]
+        done.rows += engine.live
     while engine.busy:
         engine.step()
     for answer in live:
@@ -117,7 +122,7 @@ def point(engine: Engine, steps: int, done: Done, begun: float) -> dict[str, Any
     cuda = device.type == "cuda"
     return {
         "steps": steps, "requests": done.requests, "tokens": done.tokens, "cancelled": done.cancelled,
-        "preempted": done.preempted, "units": len(engine.pool), "lost": lost(engine), "dry": int(engine.pool.free.dry),
+        "preempted": done.preempted, "rows": done.rows / steps, "units": len(engine.pool), "lost": lost(engine), "dry": int(engine.pool.free.dry),
         "resident_bytes": resident_bytes(), "device_bytes": torch.cuda.memory_allocated(device) if cuda else 0,
         "reserved_bytes": torch.cuda.memory_reserved(device) if cuda else 0, "seconds": time.perf_counter() - begun,
     }  # fmt: skip
@@ -153,15 +158,15 @@ def benchmark(args: argparse.Namespace) -> None:
         run(engine, more, drawn, done)
         steps += more
         points.append(point(engine, steps, done, begun))
-        print("  ".join(f"{name} {value:,.0f}" for name, value in points[-1].items()), flush=True)
+        print("  ".join(f"{name} {value:,.10g}" for name, value in points[-1].items()), flush=True)
         write(record, path)
     first, last = points[0], points[-1]
     grown = {name: last[name] - first[name] for name in ("resident_bytes", "device_bytes", "reserved_bytes")}
     print_table(
-        ("steps", "requests", "gave way", "units lost", "device grew by", "host grew by"),
+        ("steps", "rows in use", "requests", "gave way", "units lost", "device grew by", "host grew by"),
         [[
-            f"{steps:,}", f"{done.requests:,}", f"{done.preempted:,}", str(max(own["lost"] for own in points)),
-            f"{grown['device_bytes']:,}", f"{grown['resident_bytes']:,}",
+            f"{steps:,}", f"{done.rows / steps:.2f}", f"{done.requests:,}", f"{done.preempted:,}",
+            str(max(own["lost"] for own in points)), f"{grown['device_bytes']:,}", f"{grown['resident_bytes']:,}",
         ]],
     )  # fmt: skip
     finish(record | {"grown": grown}, path)
