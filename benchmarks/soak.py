@@ -122,7 +122,8 @@ def point(engine: Engine, steps: int, done: Done, begun: float) -> dict[str, Any
     cuda = device.type == "cuda"
     return {
         "steps": steps, "requests": done.requests, "tokens": done.tokens, "cancelled": done.cancelled,
-        "preempted": done.preempted, "rows": done.rows / steps, "units": len(engine.pool), "lost": lost(engine), "dry": int(engine.pool.free.dry),
+        "preempted": done.preempted, "rows": done.rows / steps, "units": len(engine.pool),
+        "lost": lost(engine), "dry": int(engine.pool.free.dry),
         "resident_bytes": resident_bytes(), "device_bytes": torch.cuda.memory_allocated(device) if cuda else 0,
         "reserved_bytes": torch.cuda.memory_reserved(device) if cuda else 0, "seconds": time.perf_counter() - begun,
     }  # fmt: skip
