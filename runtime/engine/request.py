@@ -39,6 +39,8 @@ class Request:
     def __post_init__(self) -> None:
         NEW_TOKENS.take("request.max_new_tokens", self.max_new_tokens)
         PRIORITY.take("request.priority", self.priority)
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"request.sampling: expected a Sampling, got {shown(self.sampling)}; make one")
         given = tuple(self.prompt)
         if not given:
             raise ValueError("request.prompt: expected at least one token id, got none; pass a prompt")

@@ -84,6 +84,7 @@ class Seat:
         self._window = int(kv.window_tokens[0])
         codes = {FORMATS.index(PAGE_ACTIONS[int(own[0])]) for own in (kv.hard, kv.easy)}
         self.coded = max(0 if code == FULL else self.units.of(code) for code in codes)
+        self._kept = min(self.units.of(code) for code in codes)
 
     def _due(self, length: int) -> int:
         """Pages behind the settled ones that have left the window."""
@@ -99,6 +100,15 @@ class Seat:
         """A part of the prompt was launched."""
         self.length += tokens
         self.settled += self._due(self.length) if self.units.coded else 0
+
+    def to_come(self, part_tokens: int) -> int:
+        """What it may need beside what it has until it is as far as is known: through its prompt, in parts of up to so
+        many tokens, and through what it had answered when it gave way."""
+        known = len(self.answer.request.prompt) + len(self.answer.tokens)
+        if self.length >= known:
+            return 0
+        least = self.units.of(FULL) * (pages_for(self.length) - self.settled) + self._kept * self.settled
+        return max(0, units_up_to(known, self, part_tokens) - least)
 
     def step_units(self) -> int:
         """What a step of decode may take."""
@@ -136,17 +146,21 @@ class Queue:
         return True
 
 
-def most_units(answer: Answer, units: Units, part_tokens: int) -> int:
-    """What an answer takes at most if it runs alone. A step is under way when the host learns that it is over.
+def units_up_to(tokens: int, seat: Seat, part_tokens: int) -> int:
+    """What a row takes at most as long as it has no more than so many tokens.
 
     A page that gets fewer bits is promised units of both formats, as it has them for a moment, and a sink too. Where
     most pages stay as they are `units_needed` counts no room for that, and a row would give way to itself for ever.
     """
+    units, kv = seat.units, seat.answer.request.operating.kv
+    needed = units_needed(kv, [tokens], units, part_tokens) + seat.coded * pages_for(part_tokens)
+    return min(needed, pages_for(tokens) * (units.of(FULL) + seat.coded))
+
+
+def most_units(answer: Answer, units: Units, part_tokens: int) -> int:
+    """What an answer takes at most if it runs alone. A step is under way when the host learns that it is over."""
     request = answer.request
-    tokens = len(request.prompt) + request.max_new_tokens + 1
-    coded = Seat(answer, 0, units).coded
-    needed = units_needed(request.operating.kv, [tokens], units, part_tokens) + coded * pages_for(part_tokens)
-    return min(needed, pages_for(tokens) * (units.of(FULL) + coded))
+    return units_up_to(len(request.prompt) + request.max_new_tokens + 1, Seat(answer, 0, units), part_tokens)
 
 
 def pool_units(model: Model, rows: int, tokens: int, pool_bytes: int | None, *, coded: bool) -> int:

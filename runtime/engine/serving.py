@@ -276,9 +276,9 @@ class Engine:
             request = answer.request
             seat = Seat(answer, self._free_rows[0], self.pool.units)
             alone = not (self._seats or self._prompts)
-            promised = sum(own.prompt_units(len(own.answer.request.prompt) - own.length) for own, _ in self._prompts)
-            spare = self.pool.units.of(FULL) * (len(self._seats) + len(self._prompts) + 1)
-            if not alone and self._account.least - promised - spare < seat.prompt_units(len(request.prompt)):
+            promised = sum(own.to_come(self._prefill.room.tokens) for own in (seat, *self._all_seats()))
+            spare = self.pool.units.of(FULL) * (self.live + 1)
+            if not alone and self._account.least < promised + spare:
                 return
             self._queue.remove(answer)
             self._free_rows.pop(0)

@@ -205,6 +205,44 @@ def test_a_request_alone_never_waits_in_a_pool_that_it_was_let_into(seed, units)
         device.step([row])
 
 
+@settings(max_examples=150)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([CODED, NARROW, PLAIN]))
+def test_who_is_let_in_gets_as_far_as_it_was(seed, units):
+    """With what is to come and no unit more, from wherever on, a row gets through its prompt and its answer so far."""
+    draw = random.Random(seed)
+    kv, part = drawn_kv(draw, units), draw.choice([1, 16, 30, 64])
+    prompt, answered = draw.randint(1, 150), draw.choice([0, 1, 40, 90])
+    answer = answer_of(prompt, answered + 1, kv)
+    answer.tokens = [1] * answered
+    device = Device(10**6, units, draw)
+    row, known = Row(Seat(answer, 0, units), kv), prompt + answered
+    begin = draw.randint(0, known - 1)
+    while row.length < known:
+        if row.length >= begin and device.free > 10**5:
+            device.free = row.seat.to_come(part)
+        if row.length < prompt:
+            tokens = min(part, prompt - row.length)
+            assert row.seat.prompt_units(tokens) <= device.free
+            row.seat.prompted(tokens)
+            device.part(row, tokens)
+        else:
+            assert row.seat.step_units() <= device.free + row.pending
+            row.seat.stepped()
+            device.step([row])
+    assert row.seat.to_come(part) == 0
+
+
+def test_a_long_prompt_whose_pages_are_coded_is_let_in_where_there_is_room_for_it_coded():
+    """Not as if all of it were in the model's dtype at once."""
+    kv = KVSettings("int4", "int4", sink_pages=1, window_tokens=32)
+    seat = Seat(answer_of(1600, 4, kv), 0, CODED)
+    assert seat.prompt_units(1600) > 800
+    assert 100 < seat.to_come(64) < 250
+    seat.prompted(64)
+    rest = seat.to_come(64)
+    assert rest < Seat(answer_of(1600, 4, kv), 0, CODED).to_come(64)
+
+
 def test_the_account_forgets_what_it_has_been_told_of():
     account = Account(10)
     account.take(3)

@@ -226,6 +226,7 @@ def test_requests_that_are_refused(llama, ladders, learned):
     refused(lambda: Request([True], own), "request.prompt: expected token ids, got True")
     refused(lambda: Request(torch.tensor([3, 4]), own), "request.prompt: expected token ids, got tensor(3)")
     refused(lambda: Request([3], own, max_new_tokens=0), "request.max_new_tokens: expected")
+    refused(lambda: Request([3], own, sampling={"top_k": 3}), "request.sampling: expected a Sampling, got {'top_k': 3}")
     refused(lambda: Request([3], own, priority=0.5), "request.priority: expected")
     refused(lambda: Request([3], own, stop="ab"), "request.stop: expected strings")
     refused(lambda: Request([3], own, stop=("",)), "request.stop: expected strings")
