@@ -51,6 +51,7 @@ from .printing import (
 ROWS = 128
 """Windows that the engine goes through side by side"""
 CODES = (INT8, INT4)
+"""Formats that pages are counted by"""
 MOST_CHANGE = 2e-4
 """Of perplexity, between the two paths"""
 
@@ -62,7 +63,7 @@ class Scored:
     nll: Tensor
     """[N] float64: mean negative log-likelihood per scored token of every window, nats"""
     pages: dict[str, int]
-    """How many pages have which format in the end, of all windows together"""
+    """How many pages have which of `CODES` in the end, of all windows together"""
 
     @property
     def perplexity(self) -> float:

@@ -103,8 +103,8 @@ class Seat:
 
     def to_come(self, part_tokens: int) -> int:
         """What it may need beside what it has until it is as far as is known: through its prompt, in parts of up to so
-        many tokens, and through what it had answered when it gave way."""
-        known = len(self.answer.request.prompt) + len(self.answer.tokens)
+        many tokens, and through what it had answered when it gave way, of which the last token was not processed."""
+        known = len(self.answer.request.prompt) + max(0, len(self.answer.tokens) - 1)
         if self.length >= known:
             return 0
         least = self.units.of(FULL) * (pages_for(self.length) - self.settled) + self._kept * self.settled

@@ -215,7 +215,7 @@ def test_who_is_let_in_gets_as_far_as_it_was(seed, units):
     answer = answer_of(prompt, answered + 1, kv)
     answer.tokens = [1] * answered
     device = Device(10**6, units, draw)
-    row, known = Row(Seat(answer, 0, units), kv), prompt + answered
+    row, known = Row(Seat(answer, 0, units), kv), prompt + max(0, answered - 1)
     begin = draw.randint(0, known - 1)
     while row.length < known:
         if row.length >= begin and device.free > 10**5:
