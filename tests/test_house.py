@@ -290,11 +290,13 @@ def test_every_imported_distribution_is_a_declared_dependency():
 
 
 def test_ci_and_make_check_run_the_same_commands():
-    def checks(text: str) -> list[str]:
-        return re.findall(r"^(?:\t\$\(BIN\)/)?((?:ruff|mypy|pytest)\b.*)$", text, flags=re.MULTILINE)
+    def checks(text: str) -> list[tuple[str, str]]:
+        """What is set for a command, and the command."""
+        wanted = r"^\t?((?:\w+=\w+ )?)(?:\$\(BIN\)/)?((?:ruff|mypy|pytest)\b.*)$"
+        return re.findall(wanted, text, flags=re.MULTILINE)
 
     ci = checks((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
-    assert [command.split()[0] for command in ci] == ["ruff", "ruff", "mypy", "pytest"]
+    assert [command.split()[0] for _, command in ci] == ["ruff", "ruff", "mypy", "pytest"]
     assert checks((ROOT / "Makefile").read_text(encoding="utf-8")) == ci
 
 
