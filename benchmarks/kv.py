@@ -56,6 +56,17 @@ ROWS = 8
 """Windows scored side by side."""
 
 
+def name_of(model: str) -> str:
+    """A model's in a record: the folder's, or that it is the embedded one."""
+    return "embedded" if Path(model).resolve() == (EMBEDDED / "base").resolve() else Path(model).name
+
+
+def require_text(path: Path) -> None:
+    """Raise FileNotFoundError where there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--text: expected a file, got {path}; check the path")
+
+
 def running_text(path: Path) -> str:
     """A text file as it is, or the documents of a `.jsonl[.xz]` one after the other."""
     if not any(suffix in DOCUMENTS for suffix in path.suffixes):
@@ -185,11 +196,9 @@ def main() -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    if not args.text.is_file():
-        raise FileNotFoundError(f"--text: expected a file, got {args.text}; check the path")
+    require_text(args.text)
     device = default_device()
-    embedded = Path(args.model).resolve() == (EMBEDDED / "base").resolve()
-    model_name = args.model_name or ("embedded" if embedded else Path(args.model).name)
+    model_name = args.model_name or name_of(args.model)
     path = result_path(args.output, f"kv-{model_name}-{args.dtype}-{device_slug(device)}")
     model = load_model(args.model, dtype=args.dtype, device=device)
     Whole(PAGE_TOKENS, context_limit(model) or MOST_TOKENS).take("--window", args.window)

@@ -25,17 +25,15 @@ from policy.limits import Whole
 from policy.settings import FULL_KV, MOST_TOKENS, PAGE_TOKENS, KVSettings
 from runtime import load_model
 from runtime.command import one_line_errors
-from runtime.engine.decoder import Begin
 from runtime.generate.fast import FastPath
 from runtime.generate.options import Options
 from runtime.kv.formats import FORMATS, FULL, INT4, INT8
 from runtime.loading import context_limit
-from runtime.ops.reference.sampling import Sampling
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 from runtime.reference.run import AdaptiveCache
 
-from .kv import EMBEDDED, no_adapter, plan, windows
+from .kv import EMBEDDED, name_of, no_adapter, plan, require_text, windows
 from .printing import (
     commit,
     default_device,
@@ -112,17 +110,8 @@ def _fed(path: FastPath, ids: Tensor, prompt: int) -> Scored:
         "attention_mask": torch.ones_like(ids[:, :prompt]), "do_sample": False, "pad_token_id": 0,
         "max_new_tokens": length - prompt,
     }  # fmt: skip
-    decoder, prompts = path.begin(ids[:, :prompt], options, Options.of(path.hf, ids[:, :prompt], options))
     targets = ids[:, prompt:]
-    none = torch.zeros(0, dtype=torch.long, device=ids.device)
-    for own in prompts:
-        rows = slice(own.first, own.first + len(own))
-        slots = torch.tensor(own.slots, dtype=torch.int32, device=ids.device)
-        assert own.logits is not None, "it went through the model"
-        decoder.begin(Begin(
-            own.first, own.stream, slots, own.lengths, own.logits, own.tokens, [Sampling()] * len(own), none, pad=0,
-            given=targets[rows],
-        ))  # fmt: skip
+    decoder, _ = path.begin(ids[:, :prompt], options, Options.of(path.hf, ids[:, :prompt], options), targets)
     total = torch.zeros(count, dtype=torch.float64, device=ids.device)
     for step in range(length - prompt):
         if step:
@@ -156,17 +145,15 @@ def main() -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    if not args.text.is_file():
-        raise FileNotFoundError(f"--text: expected a file, got {args.text}; check the path")
-    device = default_device()
-    name = "embedded" if Path(args.model).resolve() == (EMBEDDED / "base").resolve() else Path(args.model).name
+    require_text(args.text)
+    device, name = default_device(), name_of(args.model)
     path = result_path(args.output, f"perplexity-{name}-{device_slug(device)}")
+    ids = windows(args.model, args.text, args.window, args.max_tokens)
     results: list[dict[str, Any]] = []
     for dtype in args.dtype:
         model = load_model(args.model, dtype=dtype, device=device)
         model.generation_config.eos_token_id = None  # no token of a text ends it
         Whole(PAGE_TOKENS, context_limit(model) or MOST_TOKENS).take("--window", args.window)
-        ids = windows(args.model, args.text, args.window, args.max_tokens)
         print(f"{name}, {args.text.name}: {len(ids)} windows of {args.window}, {dtype}, {device_name(device)}")
         ladder = no_adapter(model)
         for pages, kv in (("full", FULL_KV), ("default", KVSettings())):

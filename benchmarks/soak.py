@@ -20,7 +20,7 @@ import torch
 
 from policy.limits import Whole
 from runtime.command import one_line_errors
-from runtime.engine.request import Answer, Request
+from runtime.engine.request import CANCELLED, Answer, Request
 from runtime.engine.serving import Engine
 from runtime.ops.reference.sampling import Sampling
 
@@ -47,7 +47,7 @@ WAITING = 2
 """Requests beside those that have rows"""
 PROMPT, ANSWER = (1, 100), (1, 800)
 """Tokens, the fewest and the most"""
-CANCELLED = 0.1
+GIVEN_UP = 0.1
 """Of all requests, at a random step"""
 SAMPLED = 0.5
 """Of all requests; the others are greedy"""
@@ -70,7 +70,7 @@ class Done:
         """One more is over."""
         self.requests += 1
         self.tokens += len(answer.tokens)
-        self.cancelled += answer.finished == "cancelled"
+        self.cancelled += answer.finished == CANCELLED
         self.preempted += answer.preempted
 
 
@@ -90,7 +90,7 @@ def run(engine: Engine, steps: int, drawn: random.Random, done: Done) -> None:
     live: dict[Answer, int] = {}
     for step in range(steps):
         while len(live) < ROWS + WAITING:
-            due = step + drawn.randint(1, ANSWER[1]) if drawn.random() < CANCELLED else -1
+            due = step + drawn.randint(1, ANSWER[1]) if drawn.random() < GIVEN_UP else -1
             live[engine.add(request(engine, drawn))] = due
         for news in engine.step():
             if news.finished is not None and news.answer in live:

@@ -117,9 +117,12 @@ class FastPath:
         return torch.cat([ids, new], 1)
 
     @torch.no_grad()
-    def begin(self, ids: Tensor, kwargs: dict[str, Any], options: Options) -> tuple[Decoder, list[Prompt]]:
+    def begin(
+        self, ids: Tensor, kwargs: dict[str, Any], options: Options, given: Tensor | None = None
+    ) -> tuple[Decoder, list[Prompt]]:
         """The prompts: a decoder whose first rows go on from there, first tokens chosen, and what went through it;
-        arguments as `generate` has them."""
+        arguments as `generate` has them. `given` [B, g] long are what the first tokens behind the prompts are,
+        whatever the model makes of them."""
         tokens = self._tokens(ids, kwargs)
         operating = self.run.plan.operating.for_rows(len(ids))
         decoder, prefill = self._decoder([len(own) + options.new_tokens for own in tokens], operating, options)
@@ -144,7 +147,7 @@ class FastPath:
             slots = own.adapter.to(self.model.device, torch.int32)
             decoder.begin(Begin(
                 rows.start, stream, slots, prompt.lengths, prompt.logits, ids[part], options.sampling[part], ends,
-                options.pad,
+                options.pad, None if given is None else given[part],
             ))  # fmt: skip
             prompts.append(prompt)
         return decoder, prompts

@@ -27,7 +27,7 @@ def engine(monkeypatch):
 
 
 def test_rows_are_kept_busy_and_who_is_cancelled_makes_room(engine, monkeypatch):
-    for name, value in (("CANCELLED", 1.0), ("ROWS", 1), ("WAITING", 1)):
+    for name, value in (("GIVEN_UP", 1.0), ("ROWS", 1), ("WAITING", 1)):
         monkeypatch.setattr(soak, name, value)
     done = soak.Done()
     soak.run(engine, STEPS, random.Random(0), done)

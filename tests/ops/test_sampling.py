@@ -350,12 +350,9 @@ def test_a_row_of_a_batch_alone(device):
         by_reference = cloned(before)
         noise = uniforms(rows.seed, by_reference.count, 63)[row : row + 1]
         reference.sample(
-            logits[row : row + 1],
-            one_row(rows, row),
-            one_row(by_reference, row),
-            noise,
+            logits[row : row + 1], one_row(rows, row), one_row(by_reference, row), noise,
             *torch.empty(2, 1, device=device),
-        )
+        )  # fmt: skip
         for part in fields(Generated):
             assert torch.equal(getattr(by_reference, part.name), getattr(own, part.name)), part.name
 

@@ -27,7 +27,9 @@ PAGES = {name: KVSettings(window_tokens=16, threshold=at, sink_pages=0) for name
 def engine(llama, ladders, learned):
     settings = replace(learned.settings, block_tokens=16, prompt_tokens=16, kv=PAGES["a"])
     policy = replace(learned, settings=settings)
-    return Engine(llama, dict(zip("ab", ladders, strict=False)), policy=policy, rows=ROWS, context=128, part_tokens=32)
+    return Engine(
+        llama, dict(zip("ab", ladders[:2], strict=True)), policy=policy, rows=ROWS, context=128, part_tokens=32
+    )
 
 
 def requests(engine: Engine, seed: int, sampled: bool) -> list[Request]:
