@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from runtime.command import one_line_errors
 from runtime.ladder import Ladder, open_ladder
 from runtime.loading import check_context, load_model, load_tokenizer
 
-from .printing import default_device, device_slug, finish, header, parse, print_table, result_path
+from .printing import default_device, device_slug, finish, header, parse, print_table, require_kernels, result_path
 from .teacher import Found, Text, both, compare
 
 LEAST_AGREEMENT = 0.98
@@ -176,10 +175,7 @@ def benchmark(args: argparse.Namespace) -> None:
     device = default_device()
     name = Path(args.model).name
     path = result_path(args.output, f"agreement-{name}-{device_slug(device)}")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"device: expected a GPU, or TRITON_INTERPRET=1 to have kernels interpreted, got {device.type}; set it"
-        )
+    require_kernels(device)
     model = load_model(args.model, dtype="bfloat16", device=device)
     tokenizer = load_tokenizer(args.model)
     ladders = [ladder_of(own, args.rungs) for own in args.adapters]

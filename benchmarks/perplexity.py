@@ -43,6 +43,7 @@ from .printing import (
     header,
     parse,
     print_table,
+    require_kernels,
     result_path,
 )  # fmt: skip
 
@@ -148,6 +149,7 @@ def benchmark(args: argparse.Namespace) -> None:
     require_text(args.text)
     device, name = default_device(), name_of(args.model)
     path = result_path(args.output, f"perplexity-{name}-{device_slug(device)}")
+    require_kernels(device)
     ids = windows(args.model, args.text, args.window, args.max_tokens)
     results: list[dict[str, Any]] = []
     for dtype in args.dtype:

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from policy.limits import Limit
-from runtime.loading import default_device, device_name
+from runtime.loading import default_device, device_name, kernels_why_not
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft")
 
 __all__ = [
     "commit", "copy_bandwidth", "default_device", "device_name", "device_slug", "finish", "header", "parse",
-    "print_table", "read_bandwidth", "require_gpu", "result_path", "seconds", "spread", "synchronise", "versions",
-    "write",
+    "print_table", "read_bandwidth", "require_gpu", "require_kernels", "result_path", "seconds", "spread",
+    "synchronise", "versions", "write",
 ]  # fmt: skip
 
 
@@ -49,6 +49,14 @@ def require_gpu(device: torch.device) -> None:
     """Raises ValueError for another device, the speed of which nobody asks for."""
     if device.type != "cuda":
         raise ValueError(f"device: expected a GPU, whose speed is measured, got {device.type}; run it on one")
+
+
+def require_kernels(device: torch.device) -> None:
+    """Raises ValueError where the engine's kernels run neither on the device nor in Triton's interpreter."""
+    if kernels_why_not(device, interpreted=True) is not None:
+        raise ValueError(
+            f"device: expected a GPU, or TRITON_INTERPRET=1 to have kernels interpreted, got {device.type}; set it"
+        )
 
 
 def result_path(output: str | Path | None, default_name: str) -> Path:

@@ -34,6 +34,7 @@ from .printing import (
     header,
     parse,
     print_table,
+    require_kernels,
     result_path,
     write,
 )  # fmt: skip
@@ -145,6 +146,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """Go through the steps; print what there was at every point, and write the record."""
     device = default_device()
     path = result_path(args.output, f"soak-{device_slug(device)}")
+    require_kernels(device)
     model = build_model("tiny", torch.float32, device)
     ladder = random_ladder_of(model)
     engine = tiny_engine(model, ladder, policy_for(model, ladder, 32), ROWS, UNITS, CONTEXT)

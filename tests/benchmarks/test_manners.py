@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = {
     "agreement": "load_model", "controller": "load_model", "decode": "gate", "kernels": "gate", "kv": "load_model",
     "ladder": "random_factors", "memory": "LlamaConfig", "plot": "figure", "record_trace": "load_model",
-    "reference": "copy_bandwidth",
+    "reference": "copy_bandwidth", "perplexity": "load_model", "prefill": "gate", "serve": "gate",
+    "soak": "build_model",
 }  # fmt: skip
 """What each one calls first when it gets to work."""
 
@@ -125,7 +126,12 @@ BAD_FLAGS = [
     ("reference", "--batch", str(10**12)),
     *[("memory", "--tokens", value) for value in ("0", "-1", "63", str(10**13))],
     *[("kv", flag, value) for flag in ("--window", "--max-tokens") for value in ("0", "-1", "15", str(10**13))],
-    ("kv", "--text", "/nowhere.txt"),
+    *[(name, "--text", "/nowhere.txt") for name in ("kv", "perplexity")],
+    *[("perplexity", flag, "0") for flag in ("--window", "--max-tokens", "--prompt")],
+    ("perplexity", "--prompt", "16", "--window", "16"),
+    *[("prefill", flag, "0") for flag in ("--tokens", "--block", "--repeats")],
+    *[("serve", flag, "0") for flag in ("--adapters", "--rows", "--block", "--requests")],
+    *[("soak", "--steps", value) for value in ("0", "19", str(10**10))],
     *[("controller", "--seeds", value) for value in ("0", "101")],
     *[("controller", "--own-text", value) for value in ("-1", str(10**12))],
     ("controller", "--ladder", "quadratic"),
@@ -151,11 +157,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, comma
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["decode", "kernels"])
+@pytest.mark.parametrize("name", ["decode", "kernels", "prefill", "serve"])
 def test_what_times_a_gpu_says_in_one_line_that_there_is_none(name, command, idle, tmp_path):
     status, out, err = command(name, "--output", tmp_path / "record.json")
     assert (status, out) == (2, "")
     assert err == "error: device: expected a GPU, whose speed is measured, got cpu; run it on one\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["agreement", "perplexity", "soak"])
+def test_what_needs_kernels_says_in_one_line_that_none_run(name, command, idle, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    status, out, err = command(name, "--output", tmp_path / "record.json")
+    assert (status, out) == (2, "")
+    assert err == "error: device: expected a GPU, or TRITON_INTERPRET=1 to have kernels interpreted, got cpu; set it\n"
 
 
 def test_a_window_beyond_the_models_context_is_one_line(command, tmp_path, monkeypatch):
