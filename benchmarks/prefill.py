@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from policy.difficulty import Difficulty
 from policy.fixed import FixedPolicy
 from policy.learned import LearnedPolicy
 from policy.limits import Whole
@@ -101,6 +102,8 @@ class PromptBench:
         self.ladders = Ladders.of(1, self.model.shape.vocabulary, len(MIX), device)
         spent = ladder.rung_bytes()
         self._offer = Offer.of((spent / spent[-1]).expand(1, -1))
+        # On the device once, as an engine has it: bringing it there waits for what is under way.
+        self._difficulty = Difficulty.stack([Difficulty.neutral()]).to(device)
         self.ids = torch.randint(3, self.model.shape.vocabulary, (tokens,)).tolist()
 
     def prepared(self, case: Case) -> Callable[[int], float]:
@@ -124,7 +127,7 @@ class PromptBench:
 
         @torch.no_grad()
         def once() -> Prompt:
-            stream = Stream(settings, policy, operating, self._offer, device)
+            stream = Stream(settings, policy, operating, self._offer, device, difficulty=self._difficulty)
             prompt = Prompt(0, [self.ids], stream, operating, self._offer, [0], blocks=block, device=device)
             leave(prefill.tables, pool.free, lanes.turned, row)
             prefill.begin(prompt)
