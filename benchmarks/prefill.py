@@ -2,16 +2,17 @@
 
 A prompt is bound by arithmetic, so the limit is
 
-    floor = 2 * tokens * (weights of linears + adapter) / measured speed of a large product + attention / the same
+    floor = 2 * (tokens * (weights of linears + adapter) + head + attention) / measured speed of a large product
 
-Prompts follow each other, so that the host prepares one while the device is at the one before; how long a prompt takes
-alone, from when the host begins with it, is told too. Before each measurement some of the same go by untimed: a card at
-its power limit runs at a clock that depends on what it did before.
+Four prompts follow each other, so that the host prepares one while the device is at the one before; the first begins on
+a device that has nothing to do, and the adapter's matrices are there already. How long a prompt takes alone, from when
+the host begins with it, is told too. Before prompts in a row some of the same go by untimed: a card at its power limit
+runs at a clock that depends on what it did before.
 
 A static rung takes the whole prompt in one pass. An adaptive one goes block by block: signals and complexity of every
 token, a scale for each, and pages that leave the window get their format. Weights and adapters are random, as
 everywhere here: speed depends on shapes. First comes a gate: tokens behind prompts of the engine and of the reference
-path are the same, in float32, or nothing is timed.
+path are the same, in float32, or nothing is timed. Its prompts are short and static; tests have blocks and coded pages.
 
     python -m benchmarks.prefill --shape llama-7b      # one GPU with 80 GB
 """
