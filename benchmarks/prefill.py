@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from policy.difficulty import Difficulty
 from policy.fixed import FixedPolicy
 from policy.learned import LearnedPolicy
 from policy.limits import Whole
@@ -103,8 +102,6 @@ class PromptBench:
         self.ladders = Ladders.of(1, self.model.shape.vocabulary, len(MIX), device)
         spent = ladder.rung_bytes()
         self._offer = Offer.of((spent / spent[-1]).expand(1, -1))
-        # On the device once, as an engine has it: bringing it there waits for what is under way.
-        self._difficulty = Difficulty.stack([Difficulty.neutral()]).to(device)
         self.ids = torch.randint(3, self.model.shape.vocabulary, (tokens,)).tolist()
 
     def prepared(self, case: Case) -> Callable[[int], float]:
@@ -128,7 +125,7 @@ class PromptBench:
 
         @torch.no_grad()
         def once() -> Prompt:
-            stream = Stream(settings, policy, operating, self._offer, device, difficulty=self._difficulty)
+            stream = Stream(settings, policy, operating, self._offer, device)
             prompt = Prompt(0, [self.ids], stream, operating, self._offer, [0], blocks=block, device=device)
             leave(prefill.tables, pool.free, lanes.turned, row)
             prefill.begin(prompt)
@@ -238,11 +235,11 @@ def benchmark(args: argparse.Namespace) -> None:
 def table_row(own: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """A case's line for people."""
     floor = own["flops"] / record["tflops"] / 1e9
-    alone = record["cases"][0]["ms"]
+    bare = record["cases"][0]["ms"]
     return [
         f"{own['tokens']} tokens, {own['name']}", f"{own['ms']:.2f}",
         f"{own['spread']['min']:.2f} - {own['spread']['max']:.2f}", f"{floor:.2f}", f"{own['ms'] / floor:.2f}",
-        f"{own['ms'] / alone:.3f}", f"{own['alone_ms']:.2f}",
+        f"{own['ms'] / bare:.3f}", f"{own['alone_ms']:.2f}",
     ]  # fmt: skip
 
 

@@ -38,9 +38,10 @@ class Difficulty:
     """[..., P] uint8 codes, by `hashed_pairs`: what the pair adds to its second token"""
 
     @classmethod
-    def neutral(cls, vocabulary: int = 1, pairs: int = 1) -> Difficulty:
-        """Tables in which every token is average."""
-        return cls(*(torch.full((size,), NEUTRAL, dtype=torch.uint8) for size in (vocabulary, pairs)))
+    def neutral(cls, vocabulary: int = 1, pairs: int = 1, device: torch.device | None = None) -> Difficulty:
+        """Tables in which every token is average, made where they are wanted (default: on the host)."""
+        sizes = (vocabulary, pairs)
+        return cls(*(torch.full((size,), NEUTRAL, dtype=torch.uint8, device=device) for size in sizes))
 
     @classmethod
     def of(cls, token: Tensor, pair: Tensor) -> Difficulty:

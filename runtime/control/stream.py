@@ -81,7 +81,7 @@ class Stream:
         past = history_tokens(settings.signals.novelty_window_tokens)
         self.history = torch.full((rows, past), NO_TOKEN, dtype=torch.long, device=device)
         if difficulty is None:
-            difficulty = Difficulty.stack([Difficulty.neutral()] * rows)
+            difficulty = Difficulty.stack([Difficulty.neutral(device=device)] * rows)
         self.difficulty = difficulty.to(device)
         self.numbers, self.hidden = numbers, hidden or policy.wants_hidden
         self.latest_state: Tensor | None = None

@@ -275,10 +275,9 @@ class Engine:
             answer = self._queue.first
             request = answer.request
             seat = Seat(answer, self._free_rows[0], self.pool.units)
-            alone = not (self._seats or self._prompts)
             promised = sum(own.to_come(self._prefill.room.tokens) for own in (seat, *self._all_seats()))
             spare = self.pool.units.of(FULL) * (self.live + 1)
-            if not alone and self._account.least < promised + spare:
+            if self.live and self._account.least < promised + spare:
                 return
             self._queue.remove(answer)
             self._free_rows.pop(0)

@@ -8,7 +8,9 @@ import torch
 from policy import FULL_KV, ChunkSettings, LearnedPolicy, Operating, PercentilePolicy, Settings
 from policy.difficulty import PAIRS, Difficulty
 from runtime import adaptive, build_ladder, load_adapter, save_ladder
+from runtime.control.bucket import Offer
 from runtime.control.record import Keep
+from runtime.control.stream import Stream
 from runtime.plan import RunPlan
 from runtime.reference.adaptive import activate
 from tests.runtime.reference import drawn_tables, naive_difficulty, row_of
@@ -64,6 +66,15 @@ def assert_seen(record, rows, tables):
 
 def rows_of(batch):
     return [row[own.bool()] for row, own in zip(*batch, strict=True)]
+
+
+def test_tables_that_nobody_gave_are_made_on_the_device(monkeypatch):
+    """What is brought there from the host is waited for."""
+    meta, brought, to = torch.device("meta"), [], Difficulty.to
+    monkeypatch.setattr(Difficulty, "to", lambda own, device: brought.append(own.token.device) or to(own, device))
+    offer = Offer.of(torch.tensor([[0.5, 1.0]], dtype=torch.float64))
+    Stream(Settings(), LearnedPolicy((2, 4)).to(meta), Operating.at(0.0, 0), offer, meta)
+    assert brought == [meta]
 
 
 def test_an_adapters_own_tables_come_before_those_of_the_policy(ladders):
